@@ -1,0 +1,1002 @@
+"""The Qwen2 block, written out, and four architectures on it: dense, Mixture-of-Depths, DTF and STT.
+
+    model = Transformer(ModelConfig(architecture="dtf", capacity=0.5))
+    out = model(input_ids, targets)                 # training: top-k routing, out.loss with every auxiliary term
+    out = model(input_ids, routing="causal")        # inference: token t decides from what is known at t
+    ids = model.generate(input_ids, max_new_tokens=50)
+
+B sequences, T tokens, d hidden size, H query heads, n_kv key and value heads, hd head size, k selected tokens, V vocabulary.
+Sources: Qwen2.5 report for the block; Raposo et al. 2024 (arXiv 2404.02258) for MoD; Wieser et al. 2025
+(arXiv 2511.21408) for DTF and STT. The routing decisions themselves are in routers.py.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import routers
+
+ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
+ARCHITECTURES = ("dense", "mod", "dtf", "stt")
+
+# The sizes of `--size`: hidden, layers, heads, KV heads, intermediate; the published Qwen2.5 shapes from "0.5B" on.
+_SHAPES = {
+    "demo": (128, 6, 4, 2, 352),
+    "10M": (256, 10, 4, 2, 1024),
+    "50M": (512, 14, 8, 2, 1792),
+    "0.5B": (896, 24, 14, 2, 4864),
+    "1.5B": (1536, 28, 12, 2, 8960),
+    "3B": (2048, 36, 16, 2, 11008),
+    "7B": (3584, 28, 28, 4, 18944),
+    "14B": (5120, 48, 40, 8, 13824),
+    "32B": (5120, 64, 40, 8, 27648),
+    "72B": (8192, 80, 64, 8, 29568),
+}
+_SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+SIZES: dict[str, dict] = {name: dict(zip(_SHAPE_FIELDS, shape, strict=True)) for name, shape in _SHAPES.items()}
+for _name, _size in SIZES.items():
+    if _name.endswith("B"):
+        _small = _name in ("0.5B", "1.5B", "3B")
+        _size |= {"vocab_size": 151936 if _small else 152064, "tie_word_embeddings": _small}
+        _size |= {"max_position_embeddings": 32768, "rope_theta": 1e6}
+
+
+class ModelError(ValueError):
+    """A configuration, a model directory or an input that cannot be used; the message is for the user."""
+
+
+@dataclass
+class ModelConfig:
+    architecture: str = "dense"  # dense, mod, dtf or stt (also: standard, sdt, tdtf)
+    vocab_size: int = 4096  # rows of the embedding
+    hidden_size: int = 128  # d, the width of the residual stream
+    intermediate_size: int = 352  # width of the MLP
+    num_hidden_layers: int = 6  # blocks
+    num_attention_heads: int = 4  # query heads
+    num_key_value_heads: int = 2  # key and value heads, shared by groups of query heads
+    max_position_embeddings: int = 2048  # longest sequence, in tokens
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    tie_word_embeddings: bool = True  # the head is the embedding
+    capacity: float | list[float] = 0.5  # share of the tokens that a routed block takes; a list: one per routed layer
+    prior_factor: float = 0.0625  # width of prior and transition networks over hidden_size
+    ma_window: int = 100  # tokens in the moving average of the static surprise
+    router: str = "learned"  # mod: learned, or random (Gaussian scores: the paper's control)
+    mod_gate: str = "sigmoid"  # mod: gate sigmoid(r), or linear (r itself, as in the MoD paper)
+    gate: str | None = None  # soft or straight_through; unset: the architecture's own (stt: straight_through)
+    stt_output: str = "sparse"  # stt in training: sparse (what inference does) or dense
+    causal_decision: str = "router"  # at inference: router (trained student) or threshold (average k-th score)
+    causal_threshold: float = 0.5  # probability above which the causal router selects
+    beta_schedule: str | None = None  # dtf, stt: cosine replaces the learned betas by scheduled ones
+    beta_ce_range: tuple[float, float] = (0.55, 0.55)  # start and end of the scheduled beta_ce, after softplus
+    beta_cu_range: tuple[float, float] = (0.44, 0.44)  # start and end of the scheduled beta_cu, after softplus
+    mod_aux_weight: float = 0.01  # weight of the BCE of r against the selection
+    mod_z_weight: float = 1e-4  # weight of mean(r²)
+    causal_weight: float = 0.01  # weight of the causal routers' BCE
+    prior_weight: float = 0.05  # dtf: weight of the prior's squared error
+    tpn_weight: float = 0.05  # stt: weight of the transition network's squared error
+    g_reg_weight: float = 0.0  # stt: weight of mean(G)
+
+    def __post_init__(self):
+        self.architecture = ALIASES.get(self.architecture, self.architecture)
+        problems = []
+
+        def one_of(name, *allowed):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
+
+        one_of("architecture", *ARCHITECTURES)
+        one_of("router", "learned", "random")
+        one_of("mod_gate", "sigmoid", "linear")
+        one_of("gate", None, "soft", "straight_through")
+        one_of("stt_output", "sparse", "dense")
+        one_of("causal_decision", "router", "threshold")
+        one_of("beta_schedule", None, "cosine")
+        for name in ("vocab_size", "max_position_embeddings", "ma_window", *_SHAPE_FIELDS):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        if not problems:
+            if self.hidden_size % self.num_attention_heads:
+                problems.append(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}"
+                )
+            elif self.head_dim % 2:
+                problems.append(f"hidden_size / num_attention_heads = {self.head_dim} must be even for RoPE")
+            if self.num_attention_heads % self.num_key_value_heads:
+                problems.append(
+                    f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                    f"num_key_value_heads={self.num_key_value_heads}"
+                )
+            if self.causal_decision == "threshold" and self.architecture == "stt":
+                problems.append("causal_decision='threshold' is not available for stt: its score looks at the update")
+            if self.router == "random" and self.architecture != "mod":
+                problems.append(f"router='random' is a control for mod, not for {self.architecture}")
+            capacities = self.capacity if isinstance(self.capacity, list | tuple) else [self.capacity]
+            if isinstance(self.capacity, list | tuple) and len(capacities) != len(self.routed_layers):
+                problems.append(f"capacity has {len(capacities)} values for {len(self.routed_layers)} routed layers")
+            if not all(0 < c <= 1 for c in capacities):
+                problems.append(f"capacity={self.capacity} must lie in (0, 1]")
+        if not 0 < self.causal_threshold < 1:
+            problems.append(f"causal_threshold={self.causal_threshold} must lie between 0 and 1")
+        if self.prior_factor <= 0:
+            problems.append(f"prior_factor={self.prior_factor} must be positive")
+        if problems:
+            raise ModelError("; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Indices of the layers that skip tokens: every second one, from 1."""
+        return [] if self.architecture == "dense" else list(range(1, self.num_hidden_layers, 2))
+
+    @property
+    def prior_width(self) -> int:
+        """Width of the prior and transition networks: max(2, d·f rounded up to an even number)."""
+        width = math.ceil(self.hidden_size * self.prior_factor)
+        return max(2, width + width % 2)
+
+    @classmethod
+    def preset(cls, size: str, **overrides) -> "ModelConfig":
+        """The shape of `--size` ("demo", "10M", "50M", "0.5B" … "72B"), any field overridden. Raises ModelError."""
+        if size not in SIZES:
+            raise ModelError(f"size={size!r} is not one of {', '.join(SIZES)}")
+        return cls(**(SIZES[size] | overrides))
+
+    def to_dict(self) -> dict:
+        """The content of config.json: a Qwen2 config plus our fields."""
+        qwen2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
+        return qwen2 | {"use_sliding_window": False} | asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: dict, **overrides) -> "ModelConfig":
+        """Reads config.json, ours or Qwen2's own. Raises ModelError for what this code would compute wrongly."""
+        if config.get("model_type") != "qwen2":
+            raise ModelError(f"model_type={config.get('model_type')!r} is not supported, only 'qwen2' is")
+        if config.get("use_sliding_window"):
+            raise ModelError("use_sliding_window=true is not supported: attention here always sees the whole sequence")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ModelError(f"hidden_act={config['hidden_act']!r} is not supported, only 'silu' is")
+        rope = config.get("rope_parameters") or {}
+        scaling = (config.get("rope_scaling") or rope) or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise ModelError(f"RoPE scaling {scaling} is not supported, only the default RoPE is")
+        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        known.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
+        known.setdefault("tie_word_embeddings", False)  # Qwen2Config's own default
+        return cls(**(known | overrides))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KV cache
+
+
+class LayerCache:
+    """Keys and values of the tokens that ran in one block, compacted: row r holds `lengths[r]` of them, left-aligned.
+
+    A routed layer's cache grows with what it selects, so its memory is the capacity's share of a dense layer's.
+    """
+
+    def __init__(self, batch: int, limit: int, routed: bool):
+        self.lengths = [0] * batch
+        self.limit = limit  # tokens that a row can ever hold
+        self.routed = routed
+        self.k = self.v = None  # (B, n_kv, allocated, hd)
+        self.state: dict[str, torch.Tensor] = {}  # what the layer's router remembers of the tokens before
+
+    def reserve(self, n: int, like: torch.Tensor):
+        held = 0 if self.k is None else self.k.size(2)
+        if n <= held:
+            return
+        size = min(self.limit, max(n, 2 * held, 32)) if self.routed else self.limit
+        old = self.k, self.v
+        self.k, self.v = (like.new_zeros(len(self.lengths), like.size(1), size, like.size(3)) for _ in range(2))
+        if held:
+            self.k[:, :, :held], self.v[:, :, :held] = old
+
+    def fill(self, k, v, counts: list[int]):
+        """Prefill: k, v (B, n_kv, T, hd), of which row r's first counts[r] are tokens. Attention sees k and v as given."""
+        T = k.size(2)
+        self.reserve(T, k)
+        self.k[:, :, :T], self.v[:, :, :T] = k, v
+        self.lengths = list(counts)
+        return k, v, None
+
+    def append(self, k, v, rows: list[int]):
+        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them."""
+        for r in rows:
+            self.lengths[r] += 1
+        lengths = [self.lengths[r] for r in rows]
+        S = max(lengths)
+        self.reserve(S, k)
+        at = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
+        self.k[at[0], :, at[1]], self.v[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
+        keys, values = self.k[:, :, :S], self.v[:, :, :S]
+        if len(rows) < len(self.lengths):
+            keys, values = keys[at[0]], values[at[0]]
+        ragged = min(lengths) < S
+        mask = routers.valid_mask(lengths, S, k.device)[:, None, None] if ragged else None  # (rows, 1, 1, S)
+        return keys, values, mask
+
+
+class Cache:
+    """What a batch of sequences has left behind in every layer, and how many tokens each row has seen."""
+
+    def __init__(self, config: ModelConfig, batch: int, limit: int):
+        self.layers = [LayerCache(batch, limit, i in config.routed_layers) for i in range(config.num_hidden_layers)]
+        self.lengths = [0] * batch
+        self.finished: list[bool] | None = None  # rows that no longer generate: never selected again
+
+    def bytes_used(self) -> int:
+        """Bytes of the keys and values held (not of what is allocated ahead)."""
+        total = 0
+        for layer in self.layers:
+            if layer.k is not None:
+                total += 2 * sum(layer.lengths) * layer.k.size(1) * layer.k.size(3) * layer.k.element_size()
+        return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block
+
+
+@dataclass
+class Context:
+    """What travels beside the hidden states of one forward pass; the layers read it and change only the cache."""
+
+    routing: str  # "topk" or "causal"
+    rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, hd), or (B, 1, hd) in a decoding step
+    lengths: list[int] | None  # tokens of each right-padded row, None without padding
+    cache: Cache | None
+    decoding: bool  # one new token a row, behind a filled cache
+
+    def store(self, layer: int, **what):
+        """The function that files a block's new keys and values in the cache and returns those to attend to."""
+        if self.cache is None:
+            return None
+        return partial(getattr(self.cache.layers[layer], "append" if self.decoding else "fill"), **what)
+
+    def last(self, t: torch.Tensor) -> torch.Tensor:
+        """The entry of each row's newest token: (B, T, …) → (B, …)."""
+        if self.lengths is None or self.decoding:
+            return t[:, -1]
+        return t[torch.arange(t.size(0), device=t.device), torch.tensor(self.lengths, device=t.device) - 1]
+
+
+@dataclass
+class Notes:
+    """What one layer says of itself. Tensors only: they are read, if at all, long after the layer has run."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, T): mask, score, S_CE, …
+    surprise: tuple[torch.Tensor, torch.Tensor] | None = None  # a decision layer's D_st, D_ch for the layer after it
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position's angles: (…) int → two (…, hd / 2) float32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, half-split as in Qwen2: x (B, T, heads, hd); cos, sin (T, hd / 2) or (B, T, hd / 2)."""
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        d, kv = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim
+        self.head_dim = cfg.head_dim
+        self.q_proj = nn.Linear(d, d, bias=True)
+        self.k_proj = nn.Linear(d, kv, bias=True)
+        self.v_proj = nn.Linear(d, kv, bias=True)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x, rope, store=None):
+        B, T, d = x.shape
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), *rope).transpose(1, 2)  # (B, H, T, hd)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rope).transpose(1, 2)  # (B, n_kv, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, hd)
+        mask = None
+        if store is not None:
+            k, v, mask = store(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, d: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d, width, bias=False)
+        self.up_proj = nn.Linear(d, width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Predictor(MLP):
+    """A small SwiGLU behind its own RMSNorm: DTF's prior and STT's transition network."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg.hidden_size, cfg.prior_width)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+class Block(nn.Module):
+    """The Qwen2 block; as a layer of its own, the dense one."""
+
+    def __init__(self, cfg: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.self_attn = Attention(cfg)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def delta(self, x, rope, store=None):
+        """Δ(x) = Block(x) − x, without the cancellation of that subtraction: (B, T, d) → (B, T, d)."""
+        attention = self.self_attn(self.input_layernorm(x), rope, store)
+        return attention + self.mlp(self.post_attention_layernorm(x + attention))
+
+    def store_all(self, x, ctx: Context):
+        """Where a block that runs on every token files its keys and values."""
+        if ctx.decoding:
+            return ctx.store(self.index, rows=range(x.size(0)))
+        return ctx.store(self.index, counts=ctx.lengths or [x.size(1)] * x.size(0))
+
+    def forward(self, x, ctx: Context, before: Notes) -> tuple[torch.Tensor, Notes]:
+        """x: (B, T, d); before: the notes of the layer below. Returns the new x and this layer's notes."""
+        x = x + self.self_attn(self.input_layernorm(x), ctx.rope, self.store_all(x, ctx))
+        return x + self.mlp(self.post_attention_layernorm(x)), Notes()
+
+
+class DecisionBlock(Block):
+    """DTF's even layers: dense, and a prior guesses their update. Where it fails, the token is surprising."""
+
+    def __init__(self, cfg: ModelConfig, index: int):
+        super().__init__(cfg, index)
+        self.prior = Predictor(cfg)
+
+    def forward(self, x, ctx, before):
+        update, predicted = self.delta(x, ctx.rope, self.store_all(x, ctx)), self.prior(x)
+        y = x + update
+        surprise = routers.mean_square(update), routers.mean_square(update - predicted)
+        losses = {"prior": F.mse_loss(x + predicted, y.detach())} if ctx.routing == "topk" else {}
+        return y, Notes(losses=losses, surprise=surprise)
+
+
+class RoutedBlock(Block):
+    """A block that runs on some of the tokens. Which ones, and how its update is gated, is the subclass's idea."""
+
+    default_gate = "soft"
+
+    def __init__(self, cfg: ModelConfig, index: int):
+        super().__init__(cfg, index)
+        self.config = cfg
+        self.gate = cfg.gate or self.default_gate
+        number = cfg.routed_layers.index(index)
+        self.capacity = cfg.capacity[number] if isinstance(cfg.capacity, list | tuple) else cfg.capacity
+        self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
+        if cfg.causal_decision == "threshold":
+            self.register_buffer("threshold", torch.full((), torch.nan))  # average k-th highest score of training
+
+    def select(self, x, score, ctx: Context, notes: Notes):
+        """The tokens that run: (indices (B, k) ascending, counts of the real ones per row or None for all k).
+
+        A decoding step gets (None, counts), counts[r] being 0 or 1. score: (B, T), unused by causal routers.
+        """
+        cfg = self.config
+        state = ctx.cache.layers[self.index].state if ctx.cache else {}
+        weight, bias = self.causal_router.weight, self.causal_router.bias
+        logits, carried = routers.causal_logits(x.detach(), weight, bias, state.get("carried"))
+        if ctx.cache:
+            state["carried"] = ctx.last(carried)
+        probability = logits.sigmoid()  # (B, T)
+        chosen = probability > cfg.causal_threshold
+        notes.tokens["causal_probability"] = probability
+        counts = None
+        if ctx.routing == "topk":
+            if ctx.lengths is None:
+                indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
+            else:
+                mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
+                indices, counts = routers.pack(mask)
+            notes.losses["causal"] = routers.selection_bce(logits, mask)
+            notes.stats["causal_accuracy"] = (chosen == mask).float().mean()
+            if cfg.causal_decision == "threshold":
+                chosen = score > self.threshold
+                notes.stats["kth_score"] = score.detach().masked_fill(~mask, torch.inf).amin(1).mean()
+            notes.stats["causal_capacity"] = chosen.float().mean()
+        else:
+            mask = chosen if cfg.causal_decision == "router" else score > self.threshold
+            if ctx.decoding:
+                if ctx.cache.finished:
+                    mask = mask & ~torch.tensor(ctx.cache.finished, device=x.device)[:, None]
+                indices, counts = None, mask[:, 0].tolist()  # the one synchronisation of a decoding step's layer
+            else:
+                if ctx.lengths is not None:
+                    mask = mask & routers.valid_mask(ctx.lengths, x.size(1), x.device)
+                indices, counts = routers.pack(mask)
+            notes.stats["causal_capacity"] = mask.float().mean()
+        notes.tokens["mask"] = mask
+        return indices, counts
+
+    def route(self, x, ctx: Context, notes: Notes, score=None, gate=None):
+        """y_i = x_i + gate_i · Δ(x_S)_i on the selected tokens, y_i = x_i on the others: (B, T, d) → (B, T, d).
+
+        Selected indices ascend and are packed to the left, so one plain causal mask serves top-k, the causal forward and
+        prefill: a valid query never reaches the padding of a short row, and the padding's results are dropped.
+        """
+        indices, counts = self.select(x, score, ctx, notes)
+        if self.gate == "straight_through":
+            gate = routers.straight_through(gate) if gate is not None and gate.requires_grad else None
+        if ctx.decoding:
+            rows = [r for r, selected in enumerate(counts) if selected]
+            if not rows:
+                return x
+            at = torch.tensor(rows, device=x.device)
+            update = self.delta(x[at], tuple(t[at] for t in ctx.rope), ctx.store(self.index, rows=rows))  # (rows, 1, d)
+            if gate is not None:
+                update = update * gate[at][..., None]
+            return x.index_add(0, at, update.to(x.dtype))
+        if indices.size(1) == 0:
+            return x
+        places = indices[..., None].expand(-1, -1, x.size(-1))  # (B, k, d)
+        rope = tuple(t[indices] for t in ctx.rope)  # (B, k, hd / 2): positions keep their original index
+        update = self.delta(x.gather(1, places), rope, ctx.store(self.index, counts=counts))  # (B, k, d)
+        if gate is not None:
+            update = update * gate.gather(1, indices)[..., None]
+        if counts is not None:
+            update = update.masked_fill(~routers.valid_mask(counts, update.size(1), x.device)[..., None], 0)
+        return x.scatter_add(1, places, update.to(x.dtype))
+
+
+class MoDBlock(RoutedBlock):
+    """Mixture-of-Depths: a learned score r picks the tokens and gates their update (Raposo et al. 2024, eq. 1)."""
+
+    def __init__(self, cfg, index):
+        super().__init__(cfg, index)
+        self.router = nn.Linear(cfg.hidden_size, 1, bias=False)
+
+    def forward(self, x, ctx, before):
+        notes = Notes()
+        if self.config.router == "random":  # the control: noise selects, and gates nothing
+            return self.route(x, ctx, notes, score=torch.randn(x.shape[:2], device=x.device)), notes
+        r = routers.linear_score(x, self.router.weight)  # (B, T)
+        y = self.route(x, ctx, notes, score=r, gate=r.sigmoid() if self.config.mod_gate == "sigmoid" else r)
+        notes.tokens["score"] = r
+        if ctx.routing == "topk":
+            notes.losses["mod_aux"] = routers.selection_bce(r, notes.tokens["mask"])
+            notes.losses["mod_z"] = r.square().mean()
+        return y, notes
+
+
+class SurprisedBlock(RoutedBlock):
+    """A routed block whose score is the surprise gate G: what DTF's dynamic layers and STT's share."""
+
+    def __init__(self, cfg, index):
+        super().__init__(cfg, index)
+        self.router = routers.SurpriseRouter()
+
+    def surprise_gate(self, d_st, d_ch, ctx: Context, notes: Notes):
+        """G of (B, T) surprises, noting how it came about."""
+        window, history, seen = self.config.ma_window, None, 0
+        if ctx.cache:
+            cached = ctx.cache.layers[self.index].state
+            history = cached.get("history", d_st.new_zeros(d_st.size(0), window - 1))
+            seen = torch.tensor(ctx.cache.lengths, device=d_st.device)[:, None]
+            new = [1] * d_st.size(0) if ctx.decoding else ctx.lengths or [d_st.size(1)] * d_st.size(0)
+            ends = torch.tensor(new, device=d_st.device)[:, None] + torch.arange(window - 1, device=d_st.device)
+            cached["history"] = torch.cat((history, d_st), dim=1).gather(1, ends)  # the last window − 1 values
+        average = routers.moving_average(d_st, window, history, seen)
+        g, s_ce, s_cu = self.router(d_st, d_ch, average)
+        notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
+        notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
+        return g
+
+
+class DynamicBlock(SurprisedBlock):
+    """DTF's odd layers: run on the tokens that surprised the decision layer below."""
+
+    def forward(self, x, ctx, before):
+        notes = Notes()
+        g = self.surprise_gate(*before.surprise, ctx, notes)
+        return self.route(x, ctx, notes, score=g, gate=g), notes
+
+
+class STTBlock(SurprisedBlock):
+    """STT's odd layers: in training a dense pass shows each token's update, and a transition network guesses it from the
+    token before. Inference runs neither: the causal router has learnt which tokens these two disagree on.
+    """
+
+    default_gate = "straight_through"
+
+    def __init__(self, cfg, index):
+        super().__init__(cfg, index)
+        self.transition = Predictor(cfg)
+
+    def forward(self, x, ctx, before):
+        notes = Notes()
+        if ctx.routing == "causal":
+            return self.route(x, ctx, notes), notes
+        update = self.delta(x, ctx.rope)  # (B, T, d)
+        out = x + update
+        predicted = routers.shift(self.transition(out))  # (B, T, d)
+        g = self.surprise_gate(routers.mean_square(update), routers.mean_square(update - predicted), ctx, notes)
+        notes.losses |= {"tpn": F.mse_loss(predicted.float(), update.detach().float()), "g_reg": g.mean()}
+        if self.config.stt_output == "dense":
+            self.select(x, g, ctx, notes)  # the causal router's lesson
+            return out, notes
+        return self.route(x, ctx, notes, score=g, gate=g), notes
+
+
+def layer_class(cfg: ModelConfig, index: int) -> type[Block]:
+    """Which kind of layer stands at `index`."""
+    if index in cfg.routed_layers:
+        return {"mod": MoDBlock, "dtf": DynamicBlock, "stt": STTBlock}[cfg.architecture]
+    return DecisionBlock if cfg.architecture == "dtf" and index + 1 in cfg.routed_layers else Block
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Trunk(nn.Module):
+    """Everything between token ids and logits; what --compile compiles."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.config = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(layer_class(cfg, i)(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, input_ids, routing="topk", lengths=None, cache=None):
+        """(B, T) ids → hidden states (B, T, d) behind the last norm, and the notes of every layer."""
+        decoding = cache is not None and max(cache.lengths) > 0
+        if decoding:
+            positions = torch.tensor(cache.lengths, device=input_ids.device)[:, None]  # (B, 1)
+        else:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device)  # (T)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        ctx = Context(routing, rope, lengths, cache, decoding)
+        x, notes = self.embed_tokens(input_ids), [Notes()]  # (B, T, d)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, said = checkpoint(layer, x, ctx, notes[-1], use_reentrant=False)
+            else:
+                x, said = layer(x, ctx, notes[-1])
+            notes.append(said)
+        return self.norm(x), notes[1:]
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor | None  # (B, T, V); (B, 1, V) of each row's newest token with a cache; None with targets
+    loss: torch.Tensor | None  # lm + Σ weight · mean over layers
+    losses: dict[str, torch.Tensor]  # every term unweighted: lm, causal, mod_aux, mod_z, prior, tpn, g_reg
+    stats: dict[str, torch.Tensor]  # means over routed layers, and layer_{i}/… of each
+    masks: dict[int, torch.Tensor] | None  # {layer: (B, T) bool}, the tokens that ran
+    tokens: dict[int, dict[str, torch.Tensor]] | None  # {layer: {score, G, S_CE, S_CU, causal_probability: (B, T)}}
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compiled = None
+        for name, parameter in self.named_parameters():
+            init_parameter(name, parameter)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Keep only each layer's input for the backward pass and run the layer again there."""
+        return self.model.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool):
+        self.model.gradient_checkpointing = on
+
+    def compile_trunk(self):
+        """torch.compile for top-k routing. The module itself stays as it is: no prefix in names, causal routing eager."""
+        self.__dict__["compiled"] = torch.compile(self.model, dynamic=False)
+
+    @property
+    def routed(self) -> list[RoutedBlock]:
+        return [layer for layer in self.model.layers if isinstance(layer, RoutedBlock)]
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, d): the head's own matrix, or the embedding where the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def set_capacity(self, capacity: float | list[float]):
+        """Share of the tokens that every routed layer takes from now on, also what is saved; a list: one per layer."""
+        self.config.capacity = capacity
+        self.config.__post_init__()
+        for layer, value in zip(self.routed, broadcast(capacity, len(self.routed)), strict=True):
+            layer.capacity = value
+
+    def set_betas(self, beta_ce: float, beta_cu: float):
+        """Fixes the inverse temperatures of every surprise gate (values after softplus)."""
+        with torch.no_grad():
+            for layer in self.routed:
+                layer.router.beta_ce.fill_(routers.inverse_softplus(beta_ce))
+                layer.router.beta_cu.fill_(routers.inverse_softplus(beta_cu))
+
+    def forward(self, input_ids, targets=None, routing="topk", lengths=None, cache=None, return_masks=False) -> Output:
+        """input_ids: (B, T) int64; targets: (B, T), targets[t] the token after input_ids[t], −100 where there is none.
+
+        routing: "topk" (training: the k best of each sequence, looks ahead) or "causal" (inference).
+        lengths: tokens of each row, where rows are padded on the right. cache: see `new_cache`; with one, the first call
+        takes the prompts and every further call one token a row, and logits are those of each row's newest token.
+        Raises ModelError for a sequence beyond max_position_embeddings, an empty one, or an unknown routing.
+        """
+        if routing not in ("topk", "causal"):
+            raise ModelError(f"routing={routing!r} is not one of topk, causal")
+        B, T = input_ids.shape
+        seen = max(cache.lengths) if cache is not None else 0
+        if T == 0 or B == 0:
+            raise ModelError("an empty sequence has nothing to predict from: give at least one token")
+        if seen + T > self.config.max_position_embeddings:
+            raise ModelError(
+                f"a sequence of {seen + T} tokens is longer than max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+        if cache is not None and (routing != "causal" or (seen and T != 1)):
+            raise ModelError("a KV cache takes routing='causal': the prompts first, then one token a row")
+        if lengths is not None:
+            lengths = [int(n) for n in lengths]
+            if len(lengths) != B or not all(1 <= n <= T for n in lengths):
+                raise ModelError(f"lengths={lengths} must give 1 to {T} tokens for each of {B} rows")
+            lengths = None if min(lengths) == T else lengths
+        plain = routing == "causal" or lengths is not None
+        trunk = self.model if self.compiled is None or plain else self.compiled
+        hidden, notes = trunk(input_ids, routing, lengths, cache)
+        if cache is not None:
+            new = [1] * B if seen else lengths or [T] * B
+            if not seen and lengths:
+                hidden = hidden[torch.arange(B), torch.tensor(lengths, device=hidden.device) - 1][:, None]
+            cache.lengths = [n + m for n, m in zip(cache.lengths, new, strict=True)]
+            hidden = hidden[:, -1:]
+        if self.training and torch.is_grad_enabled() and self.config.causal_decision == "threshold":
+            self.update_thresholds(notes)
+
+        losses, stats = self.collect(notes)
+        logits = loss = None
+        if targets is None:
+            logits = F.linear(hidden, self.head_weight)  # (B, T, V)
+        else:
+            losses = {"lm": lm_loss(hidden, self.head_weight, targets)} | losses
+            weighted = [getattr(self.config, f"{name}_weight") * losses[name] for name in losses if name != "lm"]
+            loss = losses["lm"] + sum(weighted)
+        masks = tokens = None
+        if return_masks:
+            tokens = {i: said.tokens for i, said in enumerate(notes) if said.tokens}
+            masks = {i: by_name.pop("mask") for i, by_name in tokens.items()}
+        return Output(logits, loss, losses, stats, masks, tokens)
+
+    def collect(self, notes: list[Notes]) -> tuple[dict, dict]:
+        """Losses as means over layers; statistics likewise, and of each layer under layer_{i}/…"""
+        losses, stats, each = {}, {}, {}
+        for i, said in enumerate(notes):
+            for name, value in said.losses.items():
+                losses.setdefault(name, []).append(value)
+            for name, value in said.stats.items():
+                stats.setdefault(name, []).append(value.detach())
+                each[f"layer_{i}/{name}"] = value.detach()
+        losses = {name: torch.stack(values).mean() for name, values in losses.items()}
+        return losses, {name: torch.stack(values).mean() for name, values in stats.items()} | each
+
+    @torch.no_grad()
+    def update_thresholds(self, notes: list[Notes]):
+        """Exponential moving average (0.99) of each routed layer's k-th highest score, from the first value seen."""
+        for layer in self.routed:
+            new = notes[layer.index].stats["kth_score"]
+            layer.threshold.copy_(torch.where(layer.threshold.isnan(), new, torch.lerp(new, layer.threshold, 0.99)))
+
+    # -- inference ----------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, limit: int) -> Cache:
+        """An empty KV cache for `batch` rows of at most `limit` tokens."""
+        return Cache(self.config, batch, limit)
+
+    @torch.inference_mode()
+    def generate(
+        self, input_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), lengths=None, pad_id=0
+    ) -> torch.Tensor:
+        """Continues each row under causal routing: (B, T) → (B, T + max_new_tokens).
+
+        Row r of the result is its prompt (lengths[r] ids of the right-padded input), its new ids right behind, then
+        pad_id; a row that meets a stop id ends there, the id included. temperature 0 is greedy; top_k and top_p cut the
+        distribution before sampling. Raises ModelError where T + max_new_tokens passes max_position_embeddings.
+        """
+        B, T = input_ids.shape
+        if max_new_tokens < 0:
+            raise ModelError(f"max_new_tokens={max_new_tokens} must not be negative")
+        if T + max_new_tokens > self.config.max_position_embeddings:
+            raise ModelError(
+                f"a prompt of {T} and {max_new_tokens} new tokens pass max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+        ends = [T] * B if lengths is None else [int(n) for n in lengths]
+        result = input_ids.new_full((B, T + max_new_tokens), pad_id)
+        kept = routers.valid_mask(ends, T, input_ids.device)
+        result[:, :T] = torch.where(kept, input_ids, pad_id)
+        stops = torch.tensor(list(stop_ids), device=input_ids.device, dtype=input_ids.dtype)
+        cache = self.new_cache(B, T + max_new_tokens)
+        finished = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+        rows, place = torch.arange(B, device=input_ids.device), torch.tensor(ends, device=input_ids.device)
+        new, at_prompt = input_ids, ends
+        for step in range(max_new_tokens):
+            logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
+            new = sample(logits, temperature, top_k, top_p)  # (B)
+            new, at_prompt = torch.where(finished, pad_id, new), None
+            result[rows, place + step] = new
+            if len(stops):
+                finished |= torch.isin(new, stops)
+                cache.finished = finished.tolist()
+                if all(cache.finished):
+                    break
+            new = new[:, None]
+        return result
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    def flops_per_token(self, seq_len: int, training: bool = False, capacity: float | list[float] | None = None) -> float:
+        """Floating point operations of a sequence of seq_len tokens, divided by seq_len.
+
+        A multiplication and an addition count as two. Counted are all matrix products: projections, attention (queries
+        by keys and weights by values over the full square of the packed length, as FlopCounterMode counts it), routers,
+        priors and the head. training adds the backward pass (twice the forward pass) and STT's dense pass.
+        capacity: other than the configured one, a float or one float per routed layer.
+        """
+        cfg = self.config
+        d, T = cfg.hidden_size, seq_len
+        kv = cfg.num_key_value_heads * cfg.head_dim
+        predictor = 6 * d * cfg.prior_width
+
+        def block(n):  # of n packed tokens
+            return n * (4 * d * d + 4 * d * kv + 6 * d * cfg.intermediate_size) + 4 * n * n * d
+
+        total, detached = 2.0 * T * d * cfg.vocab_size, 0.0
+        shares = iter(broadcast(cfg.capacity if capacity is None else capacity, len(cfg.routed_layers)))
+        for i in range(cfg.num_hidden_layers):
+            kind = layer_class(cfg, i)
+            if not issubclass(kind, RoutedBlock):
+                total += block(T) + (T * predictor if kind is DecisionBlock else 0)
+                continue
+            share = next(shares)
+            k = routers.capacity_k(share, T) if share > 0 else 0
+            detached += 4 * T * d  # causal router
+            total += 2 * T * d if kind is MoDBlock else 0
+            if kind is STTBlock and training:
+                total += block(T) + T * predictor
+            total += 0 if kind is STTBlock and training and cfg.stt_output == "dense" else block(k)
+        # A causal router's backward pass has no input gradient: its input is detached.
+        return ((3 * total + 2 * detached) if training else (total + detached)) / T
+
+    # -- weights in and out -------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str):
+        """Writes model.safetensors and config.json, each to a temporary name first."""
+        from safetensors.torch import save_file
+
+        os.makedirs(directory, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
+        with replacing(os.path.join(directory, "model.safetensors")) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        with replacing(os.path.join(directory, "config.json")) as temporary, open(temporary, "w") as f:
+            json.dump(self.config.to_dict() | {"dtype": dtype}, f, indent=2)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory_or_hub_id: str, revision: str | None = None, dtype=torch.float32, **config_overrides
+    ) -> "Transformer":
+        """Opens a Qwen2 checkpoint or one of ours; `architecture=` converts a dense one, whose routed parts start new.
+
+        `loaded` and `initialized` on the result name the tensors of either kind. Raises ModelError for a model of another
+        type or shape, unknown or missing tensors, and pickled weights.
+        """
+        directory = find_model(directory_or_hub_id, revision)
+        config_path = os.path.join(directory, "config.json")
+        try:
+            with open(config_path, encoding="utf-8") as f:
+                stored = json.load(f)
+            saved = ModelConfig.from_dict(stored)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            raise ModelError(f"{config_path} is not a model configuration: {error}") from None
+        config = ModelConfig.from_dict(stored, **config_overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        model.loaded = []
+        for name, read in weight_files(directory):
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue  # some files hold the tied head twice
+            if name not in expected:
+                raise ModelError(f"{directory}: unknown tensor {name} for architecture={config.architecture}")
+            tensor = read().to(dtype)
+            if tensor.shape != expected[name].shape:
+                raise ModelError(
+                    f"{directory}: {name} has shape {tuple(tensor.shape)}, {tuple(expected[name].shape)} is expected"
+                )
+            model.load_state_dict({name: tensor}, strict=False, assign=True)
+            model.loaded.append(name)
+        model.initialized = sorted(expected.keys() - set(model.loaded))
+        new_parts = model.initialized if saved.architecture == "dense" != config.architecture else []
+        lost = [name for name in model.initialized if name not in new_parts or not is_routed_part(name)]
+        if lost:
+            raise ModelError(f"{directory}: missing tensors {', '.join(lost[:5])}" + " …" * (len(lost) > 5))
+        for name in model.initialized:
+            tensor = torch.empty_like(expected[name], dtype=dtype, device="cpu")
+            init_parameter(name, tensor)
+            model.load_state_dict({name: tensor}, strict=False, assign=True)
+        return model.eval()
+
+
+def broadcast(capacity: float | list[float], n: int) -> list[float]:
+    return list(capacity) if isinstance(capacity, list | tuple) else [capacity] * n
+
+
+@torch.no_grad()
+def init_parameter(name: str, parameter: torch.Tensor):
+    """Qwen2's initialisation: N(0, 0.02²) for matrices, ones for norms, zeros for biases; the gates' own scalars."""
+    last = name.rsplit(".", 1)[-1]
+    if last in routers.SURPRISE_INIT:
+        parameter.fill_(routers.SURPRISE_INIT[last])
+    elif last == "threshold":
+        parameter.fill_(torch.nan)
+    elif last == "bias":
+        parameter.zero_()
+    elif parameter.ndim == 1:
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, 0.02)
+
+
+def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of (B, T, d) hidden states over the targets that are not −100, a scalar in float32.
+
+    The logits exist one chunk at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    rows = max(1, (1 << 24) // weight.size(0))  # 2^24 logits a chunk: 64 MB in float32
+    if torch.is_grad_enabled() and hasattr(F, "linear_cross_entropy"):
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        return F.linear_cross_entropy(hidden, weight, targets, options=options).float()
+
+    def chunk(h, t):
+        return F.cross_entropy(F.linear(h, weight).float(), t, reduction="sum")
+
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    total = sum(checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks)
+    return total / (targets != -100).sum()
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """(B, V) → (B) ids. Draws by comparing probabilities with exponential noise, which needs no synchronisation."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= top_p  # the most probable one always stays
+        beyond[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    noise = torch.empty_like(logits).exponential_()
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model directories
+
+
+def is_routed_part(name: str) -> bool:
+    """Whether a tensor is one that a conversion from a dense checkpoint starts anew."""
+    return any(f".{part}" in name for part in ("router.", "causal_router.", "prior.", "transition.", "threshold"))
+
+
+def find_model(directory_or_hub_id: str, revision: str | None = None) -> str:
+    """The directory itself, or the local snapshot of a hub id. Raises ModelError where there is neither."""
+    if os.path.isdir(directory_or_hub_id):
+        if not os.path.exists(os.path.join(directory_or_hub_id, "config.json")):
+            raise ModelError(f"{directory_or_hub_id} holds no config.json: name a directory that a model was saved in")
+        return directory_or_hub_id
+    if directory_or_hub_id.count("/") != 1 or directory_or_hub_id.startswith((".", "/")):
+        raise ModelError(f"{directory_or_hub_id} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(directory_or_hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot fetch {directory_or_hub_id} from the hub: {reason}") from None
+
+
+def weight_files(directory: str):
+    """Yields (tensor name, function that reads it) of a single or sharded safetensors checkpoint, shard by shard."""
+    from safetensors import SafetensorError, safe_open
+
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as f:
+            shards = sorted(set(json.load(f)["weight_map"].values()))
+    elif os.path.exists(os.path.join(directory, "model.safetensors")):
+        shards = ["model.safetensors"]
+    else:
+        pickles = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles:
+            raise ModelError(f"{directory} holds pickled weights ({pickles[0]}): convert them to safetensors first")
+        raise ModelError(f"{directory} holds no model.safetensors")
+    for shard in shards:
+        if os.path.basename(shard) != shard:
+            raise ModelError(f"{index} points outside its directory: {shard}")
+        try:
+            with safe_open(os.path.join(directory, shard), framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 (safe_open is no dict)
+                    yield name, partial(f.get_tensor, name)
+        except SafetensorError as error:
+            raise ModelError(f"{os.path.join(directory, shard)} is damaged: {error}") from None
+
+
+class replacing:
+    """`with replacing(path) as temporary:` the file written under the temporary name takes its place when complete."""
+
+    def __init__(self, path: str):
+        self.path, self.temporary = path, f"{path}.partial"
+
+    def __enter__(self) -> str:
+        return self.temporary
+
+    def __exit__(self, kind, value, traceback):
+        if kind is None:
+            with open(self.temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(self.temporary, self.path)
+        elif os.path.exists(self.temporary):
+            os.remove(self.temporary)

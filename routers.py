@@ -1,0 +1,164 @@
+"""Every routing decision: scores, surprise, gates, causal routers, selection and their losses.
+
+Pure tensors in, tensors out; this file knows no model. B sequences, T tokens, d hidden size, k selected tokens.
+Everything here runs in float32, under autocast too: a routing decision is a comparison, and bfloat16 makes ties.
+
+Sources: Raposo et al. 2024 (arXiv 2404.02258) for Mixture-of-Depths; Wieser et al. 2025 (arXiv 2511.21408) for the
+surprise gate and the causal router; Zakharov et al. 2021 (VPR) for the criteria of expected and unexpected change.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Initial values of the surprise gate's raw parameters; softplus(0.5806) = 1.025, the offset of the papers.
+SURPRISE_INIT = {"beta_ce": -0.3, "beta_cu": -0.6, "o_ce": 0.5806, "m_cu": 1.1}
+
+
+def shift(x: torch.Tensor) -> torch.Tensor:
+    """The value of the token before, zeros before the first: (B, T, …) → (B, T, …), out[:, t] = x[:, t − 1]."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Surprise: how much a token's update differs from "nothing changes" and from what a cheap network predicted
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    """‖x‖² / d of every token: (B, T, d) → (B, T) float32. D_st of an update, D_ch of update − prediction."""
+    return x.float().square().mean(-1)
+
+
+def moving_average(d: torch.Tensor, window: int, history: torch.Tensor | None = None, seen=0) -> torch.Tensor:
+    """Mean of the last `window` values, the current one included, fewer at the start: (B, T) → (B, T).
+
+    history: (B, window − 1) values of the tokens before d, zeros where there were none; seen: (B, 1), how many.
+    Sums each window afresh. A difference of running totals would be cheaper and wrong: after a first value of 1e6, usual
+    in real checkpoints, float32 has no digits left for the ordinary values that follow.
+    """
+    padded = F.pad(d, (window - 1, 0)) if history is None else torch.cat((history, d), dim=-1)
+    count = (torch.arange(1, d.size(-1) + 1, device=d.device) + seen).clamp(max=window)
+    return padded.unfold(-1, window, 1).sum(-1) / count
+
+
+def gate_of_surprise(d_st, d_ch, average, beta_ce, beta_cu, o_ce, m_cu):
+    """`surprise_gate` where the moving average of d_st is known (a decoding step carries its history)."""
+    ce = d_st - (d_ch - torch.log(F.softplus(o_ce) + 1e-10))  # expected change
+    cu = d_st - m_cu * average  # unexpected change
+    s_ce = torch.sigmoid(F.softplus(beta_ce) * ce)
+    s_cu = torch.sigmoid(F.softplus(beta_cu) * cu)
+    return s_ce + s_cu - s_ce * s_cu, s_ce, s_cu
+
+
+def surprise_gate(d_st, d_ch, beta_ce, beta_cu, o_ce, m_cu, window: int):
+    """G, the probabilistic or of expected and unexpected change (Wieser et al. 2025; criteria of Zakharov et al. 2021).
+
+    d_st, d_ch: (B, T) static and change surprise. beta_ce, beta_cu, o_ce, m_cu: raw scalars (softplus keeps the first
+    three positive, so that neither the logarithm nor its gradient can die). window: tokens in the moving average.
+    Returns (G, S_CE, S_CU), each (B, T) in (0, 1). Causal: token t depends on tokens ≤ t only.
+    """
+    raw = (torch.as_tensor(p, device=d_st.device) for p in (beta_ce, beta_cu, o_ce, m_cu))
+    return gate_of_surprise(d_st, d_ch, moving_average(d_st, window), *raw)
+
+
+class SurpriseRouter(nn.Module):
+    """The four learnable scalars of one routed layer's surprise gate."""
+
+    def __init__(self):
+        super().__init__()
+        for name in SURPRISE_INIT:
+            self.register_parameter(name, nn.Parameter(torch.empty(())))
+
+    def forward(self, d_st, d_ch, average):
+        """(B, T) each → (G, S_CE, S_CU), each (B, T) float32."""
+        scalars = (getattr(self, name).float() for name in SURPRISE_INIT)
+        return gate_of_surprise(d_st, d_ch, average, *scalars)
+
+    def stats(self) -> dict[str, torch.Tensor]:
+        """The scalars as they act: the betas and o_ce after softplus."""
+        raw = {name: getattr(self, name).detach().float() for name in SURPRISE_INIT}
+        return {name: value if name == "m_cu" else F.softplus(value) for name, value in raw.items()}
+
+
+def inverse_softplus(value: float) -> float:
+    """The raw parameter whose softplus is `value` > 0."""
+    return value + torch.log(-torch.expm1(torch.tensor(-value, dtype=torch.float64, device="cpu"))).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learned scores
+
+
+def linear_score(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """MoD's router r_t = w·x_t (Raposo et al. 2024, section 3.4): (B, T, d), (1, d) → (B, T) float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float()).squeeze(-1)
+
+
+def causal_logits(x, weight, bias, previous=None):
+    """Causal router: W [x_t ‖ x_{t−1}] + b, zeros before the first token.
+
+    x: (B, T, d), weight: (1, 2d), bias: (1). The two halves of W are applied apart, so the concatenation is never
+    built and a decoding step remembers one number of the token before, not its hidden state.
+    previous: (B,) that number, or None at the start of a sequence.
+    Returns (logits (B, T) float32, the number of every token (B, T) for the next call).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        now, before = F.linear(x.float(), weight.float().view(2, -1)).unbind(-1)  # (B, T) each
+        shifted = shift(before) if previous is None else previous[:, None]
+        return now + shifted + bias.float(), before
+
+
+def straight_through(gate: torch.Tensor) -> torch.Tensor:
+    """Value 1, gradient of `gate`."""
+    return 1.0 + (gate - gate.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def capacity_k(capacity: float, T: int) -> int:
+    """Tokens that a routed block takes of T: max(1, int(γ·T))."""
+    return max(1, int(capacity * T))
+
+
+def top_k(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exactly k tokens of every sequence: (B, T) → indices (B, k) ascending, mask (B, T) bool.
+
+    Ascending order is what makes an ordinary causal mask right for the packed tokens. The choice looks at the future.
+    """
+    indices = score.detach().topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, k)
+    return indices, torch.zeros_like(score, dtype=torch.bool).scatter(1, indices, True)
+
+
+def top_k_ragged(score: torch.Tensor, capacity: float, lengths: list[int]) -> torch.Tensor:
+    """Top-k within the first lengths[r] tokens of row r: (B, T) → mask (B, T) bool. Padding neither competes nor counts."""
+    valid = valid_mask(lengths, score.size(1), score.device)
+    k = [capacity_k(capacity, n) for n in lengths]
+    order = score.detach().masked_fill(~valid, -torch.inf).topk(max(k), dim=-1).indices  # (B, k_max), best first
+    return torch.zeros_like(valid).scatter(1, order, valid_mask(k, max(k), score.device))
+
+
+def valid_mask(lengths: list[int], T: int, device) -> torch.Tensor:
+    """(B, T) bool: True on the first lengths[r] places of row r."""
+    return torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def pack(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Ragged selection to the left: mask (B, T) → indices (B, k_max), counts (length B).
+
+    Row r has its counts[r] selected indices in ascending order, then unselected ones as padding, which a causal mask
+    hides from every valid query. Reads the counts back to the host: the one synchronisation of a causal forward's layer.
+    """
+    counts = mask.sum(1).tolist()
+    return torch.sort(~mask, dim=1, stable=True).indices[:, : max(counts)], counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def selection_bce(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of (B, T) logits against the selection (B, T) bool; a scalar, the mean over tokens."""
+    return F.binary_cross_entropy_with_logits(logits, mask.float())
