@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import routers
@@ -86,6 +86,7 @@ class ModelConfig:
 
     def __post_init__(self):
         self.architecture = ALIASES.get(self.architecture, self.architecture)
+        self.beta_ce_range, self.beta_cu_range = tuple(self.beta_ce_range), tuple(self.beta_cu_range)
         problems = []
 
         def one_of(name, *allowed):
@@ -778,7 +779,9 @@ class Transformer(nn.Module):
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
-    def flops_per_token(self, seq_len: int, training: bool = False, capacity: float | list[float] | None = None) -> float:
+    def flops_per_token(
+        self, seq_len: int, training: bool = False, capacity: float | list[float] | None = None
+    ) -> float:
         """Floating point operations of a sequence of seq_len tokens, divided by seq_len.
 
         A multiplication and an addition count as two. Counted are all matrix products: projections, attention (queries

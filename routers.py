@@ -8,8 +8,8 @@ surprise gate and the causal router; Zakharov et al. 2021 (VPR) for the criteria
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 # Initial values of the surprise gate's raw parameters; softplus(0.5806) = 1.025, the offset of the papers.
 SURPRISE_INIT = {"beta_ce": -0.3, "beta_cu": -0.6, "o_ce": 0.5806, "m_cu": 1.1}

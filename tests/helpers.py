@@ -1,0 +1,57 @@
+"""What several tests build: small models whose routers really select, and random prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import ModelConfig, Transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHITECTURES = ("dense", "mod", "dtf", "stt")
+ROUTED = ARCHITECTURES[1:]
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "ma_window": 7,
+    "prior_factor": 0.25,
+}
+
+
+def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
+    """Random weights ten times the usual size, so that attention and routing matter to every output."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(architecture=architecture, **(SMALL | overrides))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+    return model
+
+
+def golden_model(architecture: str) -> tuple[Transformer, dict]:
+    """The model of a golden file, and the file."""
+    golden = np.load(GOLDEN / f"{architecture}.npz")
+    model = Transformer(ModelConfig(**json.loads(str(golden["config"])))).eval()
+    prefix = "weights."
+    weights = {
+        name.removeprefix(prefix): torch.tensor(golden[name]) for name in golden.files if name.startswith(prefix)
+    }
+    model.load_state_dict(weights)
+    return model, golden
+
+
+def random_ids(*shape: int, vocab: int = 97) -> torch.Tensor:
+    return torch.randint(1, vocab, shape)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,704 @@
+"""The model against transformers' Qwen2, the golden files, closed forms and brute force."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ARCHITECTURES, ROUTED, SMALL, golden_model, random_ids, relative_error, small_model
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import SIZES, ModelConfig, ModelError, Transformer, lm_loss, sample
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward pass
+
+
+def qwen2(config: ModelConfig, seed: int = 0):
+    """transformers' own model of the same shape, with weights large enough to tell mistakes from noise."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    theirs = Qwen2ForCausalLM(Qwen2Config(**config.to_dict(), attn_implementation="sdpa")).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return theirs
+
+
+@pytest.mark.parametrize("T", [1, 33, 512])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", [(4, 2, 5), (4, 1, 2), (2, 2, 3)], ids=lambda s: "heads{}kv{}layers{}".format(*s))
+def test_dense_logits_equal_transformers(T, tied, shape):
+    heads, kv, layers = shape
+    config = ModelConfig(
+        **SMALL
+        | {"num_attention_heads": heads, "num_key_value_heads": kv, "num_hidden_layers": layers}
+        | {"tie_word_embeddings": tied, "max_position_embeddings": 512, "rope_theta": 1e6}
+    )
+    theirs, ours = qwen2(config), Transformer(config)
+    weights = {name: w for name, w in theirs.state_dict().items() if not (tied and name == "lm_head.weight")}
+    ours.load_state_dict(weights)
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        assert relative_error(ours(ids).logits, theirs(ids).logits) <= 1e-5
+
+
+def test_bfloat16_is_as_accurate_as_transformers():
+    config = ModelConfig(**SMALL)
+    theirs, ours = qwen2(config), Transformer(config)
+    ours.load_state_dict({n: w for n, w in theirs.state_dict().items() if n != "lm_head.weight"})
+    ids = random_ids(8, 100)
+    with torch.no_grad():
+        exact = theirs(ids).logits
+        their_error, our_error = (
+            (model.bfloat16()(ids).logits.float() - exact).square().mean().sqrt() for model in (theirs, ours)
+        )
+    assert our_error <= 1.1 * their_error
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_golden_files_are_reproduced(architecture):
+    model, golden = golden_model(architecture)
+    ids = torch.tensor(golden["input_ids"])[None]
+    for routing in ("topk", "causal"):
+        if f"{routing}.logits" not in golden.files:
+            continue
+        with torch.no_grad():
+            out = model(ids, routing=routing, return_masks=True)
+        assert relative_error(out.logits[0], torch.tensor(golden[f"{routing}.logits"])) <= 1e-4
+        assert list(out.masks) == model.config.routed_layers
+        for layer, mask in out.masks.items():
+            assert mask[0].tolist() == golden[f"{routing}.layers.{layer}.mask"].tolist()
+            for ours, name in (("score", "score"), ("S_CE", "s_ce"), ("S_CU", "s_cu")):
+                if ours in out.tokens[layer] and f"{routing}.layers.{layer}.{name}" in golden.files:
+                    expected = torch.tensor(golden[f"{routing}.layers.{layer}.{name}"])
+                    assert relative_error(out.tokens[layer][ours][0], expected) <= 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_autocast_stays_close_to_float32(architecture):
+    """At capacity 1, so that no selection can differ where two scores are closer than bfloat16 tells apart."""
+    model, ids = small_model(architecture, capacity=1.0), random_ids(2, 60)
+    with torch.no_grad():
+        exact = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids).logits.float()
+    assert 0 < (logits - exact).abs().mean() / exact.abs().mean() <= 0.03
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_converted_at_capacity_one_with_straight_through_gates_equals_dense(architecture):
+    dense = small_model("dense")
+    routed = small_model(architecture, seed=1, capacity=1.0, gate="straight_through")
+    routed.load_state_dict(dense.state_dict(), strict=False)
+    ids = random_ids(3, 50)
+    for training in (False, True):  # with and without the gradient of the gates
+        dense.train(training), routed.train(training)
+        assert relative_error(routed(ids).logits, dense(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_gates_scale_the_update_only(architecture):
+    """mod's linear gate and a soft gate: y − x of the routed layer is the gate times the straight-through update."""
+    model = small_model(architecture, gate="soft", num_hidden_layers=2)
+    ids = random_ids(1, 20)
+    seen = {}
+    hook = model.model.layers[1].register_forward_hook(
+        lambda layer, inputs, output: seen.update(x=inputs[0], y=output[0], said=output[1])
+    )
+    for gate in ("soft", "straight_through"):
+        model.model.layers[1].gate = gate
+        model(ids)
+        seen[gate] = seen["y"] - seen["x"]
+    hook.remove()
+    score, mask = seen["said"].tokens["score"], seen["said"].tokens["mask"]
+    gate = torch.sigmoid(score) if architecture == "mod" else score
+    torch.testing.assert_close(seen["soft"], seen["straight_through"] * gate[..., None], rtol=1e-4, atol=1e-5)
+    assert seen["straight_through"][~mask].abs().max() == 0
+
+
+def test_mod_linear_gate_and_random_router():
+    linear, sigmoid = (small_model("mod", mod_gate=gate) for gate in ("linear", "sigmoid"))
+    ids = random_ids(2, 30)
+    assert relative_error(linear(ids).logits, sigmoid(ids).logits) > 1e-2
+    random = small_model("mod", router="random")
+    first, second = (random(ids, return_masks=True).masks[1] for _ in range(2))
+    assert (first.sum(1) == 15).all() and (first != second).any()
+
+
+def test_stt_dense_output_is_the_dense_model():
+    dense, stt = small_model("dense"), small_model("stt", seed=1, stt_output="dense")
+    stt.load_state_dict(dense.state_dict(), strict=False)
+    ids = random_ids(2, 40)
+    out = stt(ids, return_masks=True)
+    assert relative_error(out.logits, dense(ids).logits) <= 1e-5
+    assert out.masks[1].sum(1).tolist() == [20, 20] and out.losses["causal"] > 0
+
+
+def test_capacity_per_layer_and_its_change():
+    model = small_model("mod", capacity=[0.25, 0.75])
+    ids = random_ids(2, 40)
+    assert [int(m.sum()) for m in model(ids, return_masks=True).masks.values()] == [20, 60]
+    model.set_capacity(0.5)
+    assert [int(m.sum()) for m in model(ids, return_masks=True).masks.values()] == [40, 40]
+    with pytest.raises(ModelError, match="capacity"):
+        model.set_capacity(1.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality, independence of rows
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("decision", ["router", "threshold"])
+def test_causal_routing_never_looks_ahead(architecture, decision):
+    if architecture == "stt" and decision == "threshold":
+        pytest.skip("refused by ModelConfig")
+    model = small_model(architecture, causal_decision=decision)
+    for layer in model.routed:
+        if decision == "threshold":
+            layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+    ids = random_ids(2, 40)
+    other = torch.cat((ids[:, :23], random_ids(2, 17)), dim=1)
+    with torch.no_grad():
+        a, b = (model(x, routing="causal", return_masks=True) for x in (ids, other))
+    assert relative_error(b.logits[:, :23], a.logits[:, :23]) <= 1e-5
+    assert relative_error(b.logits[:, 23:], a.logits[:, 23:]) > 1e-2
+    for layer, mask in a.masks.items():
+        assert (mask[:, :23] == b.masks[layer][:, :23]).all()
+    if a.masks:
+        assert 0.05 < torch.stack(list(a.masks.values())).float().mean() < 0.95
+
+
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_are_independent(architecture, routing):
+    model = small_model(architecture)
+    ids = random_ids(3, 40)
+    other = ids.clone()
+    other[1] = random_ids(40)
+    with torch.no_grad():
+        a, b = (model(x, routing=routing).logits for x in (ids, other))
+    assert relative_error(b[[0, 2]], a[[0, 2]]) <= 1e-5
+
+
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_changes_nothing(architecture, routing):
+    """Right-padded rows with `lengths` equal each row alone, under top-k too."""
+    model = small_model(architecture)
+    ids, lengths = random_ids(4, 30), [30, 1, 13, 22]
+    with torch.no_grad():
+        padded = model(ids, routing=routing, lengths=lengths, return_masks=True)
+        for row, n in enumerate(lengths):
+            alone = model(ids[row : row + 1, :n], routing=routing, return_masks=True)
+            assert relative_error(padded.logits[row, :n], alone.logits[0]) <= 1e-5
+            for layer, mask in alone.masks.items():
+                assert padded.masks[layer][row].tolist() == mask[0].tolist() + [False] * (30 - n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("decision", ["router", "threshold"])
+def test_generate_equals_the_uncached_causal_forward(architecture, decision):
+    """Greedy tokens and step logits of ragged batches of 1 to 5 rows, against each row alone without a cache."""
+    if architecture == "stt" and decision == "threshold":
+        pytest.skip("refused by ModelConfig")
+    for seed in range(4):
+        model = small_model(architecture, seed, causal_decision=decision)
+        for layer in model.routed:
+            if decision == "threshold":
+                layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+        rows = [1, 2, 3, 5][seed]
+        lengths = torch.randint(1, 24, (rows,)).tolist()
+        ids, new = random_ids(rows, max(lengths)), 18
+        result = model.generate(ids, new, lengths=lengths)
+        assert result.shape == (rows, max(lengths) + new)
+        cache = model.new_cache(rows, max(lengths) + new)
+        with torch.no_grad():
+            steps = [model(ids, routing="causal", lengths=lengths, cache=cache).logits[:, -1]]
+            for step in range(new - 1):
+                last = torch.stack([result[r, n + step] for r, n in enumerate(lengths)])
+                steps.append(model(last[:, None], routing="causal", cache=cache).logits[:, -1])
+            for r, n in enumerate(lengths):
+                alone = model(result[r : r + 1, : n + new], routing="causal").logits[0, n - 1 : -1]  # (new, V)
+                assert result[r, n : n + new].tolist() == alone.argmax(-1).tolist()
+                assert relative_error(torch.stack([s[r] for s in steps]), alone) <= 1e-4
+                assert (result[r, n + new :] == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_caches_hold_selected_tokens_only(architecture):
+    model = small_model(architecture)
+    ids, lengths = random_ids(3, 40), [40, 11, 25]
+    cache = model.new_cache(3, 60)
+    with torch.no_grad():
+        out = model(ids, routing="causal", lengths=lengths, cache=cache, return_masks=True)
+        selected = {layer: mask.sum(1) for layer, mask in out.masks.items()}
+        for _ in range(12):
+            out = model(random_ids(3, 1), routing="causal", cache=cache, return_masks=True)
+            selected = {layer: n + out.masks[layer][:, 0] for layer, n in selected.items()}
+    token_bytes = 2 * 2 * 8 * 4  # keys and values, KV heads, head size, float32
+    total = 0
+    for i, layer in enumerate(cache.layers):
+        expected = selected[i].tolist() if i in selected else [n + 12 for n in lengths]
+        assert layer.lengths == expected
+        total += sum(expected) * token_bytes
+        assert i not in selected or layer.k.size(2) <= max(32, 2 * max(expected))
+    assert cache.bytes_used() == total < sum(n + 12 for n in lengths) * 5 * token_bytes
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_step_that_selects_no_row_runs_no_matmul_of_the_block(architecture):
+    model = small_model(architecture)
+    for layer in model.routed:
+        layer.causal_router.bias.data.fill_(-1e4)
+    cache = model.new_cache(2, 20)
+    with torch.no_grad():
+        model(random_ids(2, 8), routing="causal", cache=cache)
+        ran = []
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.register_forward_hook(lambda *_, i=i: ran.append(i))
+            layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+        model(random_ids(2, 1), routing="causal", cache=cache)
+    assert ran == [0, 0, 2, 2, 4, 4]
+    assert all(cache.layers[i].lengths == [0, 0] for i in (1, 3))
+
+
+def test_stop_ids_end_a_row():
+    model = small_model("dtf")
+    ids, lengths = random_ids(3, 9), [9, 4, 6]
+    free = model.generate(ids, 30, lengths=lengths)
+    stop = int(free[1, 4 + 5])  # what row 1 says in its sixth step at the latest
+    stopped = model.generate(ids, 30, lengths=lengths, stop_ids=[stop], pad_id=96)
+    for r, n in enumerate(lengths):
+        said = free[r, n : n + 30].tolist()
+        end = said.index(stop) + 1 if stop in said else 30
+        assert stopped[r, : n + end].tolist() == free[r, : n + end].tolist()
+        assert (stopped[r, n + end :] == 96).all()
+
+
+def test_sampling_follows_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    many = logits.expand(20000, -1)
+
+    def frequencies(**cut):
+        options = {"temperature": 1.0, "top_k": None, "top_p": None} | cut
+        return torch.bincount(sample(many, **options), minlength=5) / 20000
+
+    def close(got, expected):
+        torch.testing.assert_close(got, expected, atol=0.015, rtol=0)
+
+    probability = logits[0].softmax(-1)
+    close(frequencies(), probability)
+    close(frequencies(temperature=0.5), (logits[0] / 0.5).softmax(-1))
+    best = torch.tensor([0, 1, 1, 0, 0]) * probability
+    close(frequencies(top_k=2), best / best.sum())
+    close(frequencies(top_p=0.6), best / best.sum())  # 0.58 + 0.21 is the first sum to reach 0.6
+    assert frequencies(top_p=1e-9)[2] == 1
+    assert sample(many, 0.0, None, None).unique().tolist() == [2]
+
+
+def test_generate_is_reproducible_and_refuses_what_it_cannot_do():
+    model = small_model("mod")
+    ids = random_ids(2, 5)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        runs.append(model.generate(ids, 12, temperature=0.8, top_k=20, top_p=0.9))
+    assert (runs[0] == runs[1]).all()
+    assert model.generate(ids, 0).tolist() == ids.tolist()
+    with pytest.raises(ModelError, match="max_position_embeddings=256"):
+        model.generate(ids, 252)
+    with pytest.raises(ModelError, match="at least one token"):
+        model.generate(ids[:, :0], 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and gradients
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_is_lm_plus_the_weighted_terms(architecture):
+    model = small_model(architecture, g_reg_weight=0.3).train()
+    ids, targets = random_ids(2, 40), random_ids(2, 40)
+    out, logits = model(ids, targets), model(ids).logits
+    lm = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(out.losses["lm"], lm)
+    assert out.logits is None
+    weights = {"causal": 0.01, "mod_aux": 0.01, "mod_z": 1e-4, "prior": 0.05, "tpn": 0.05, "g_reg": 0.3}
+    expected = lm + sum(weights[name] * value for name, value in out.losses.items() if name != "lm")
+    torch.testing.assert_close(out.loss, expected)
+    terms = {
+        "dense": set(),
+        "mod": {"causal", "mod_aux", "mod_z"},
+        "dtf": {"causal", "prior"},
+        "stt": {"causal", "tpn", "g_reg"},
+    }
+    assert out.losses.keys() == {"lm"} | terms[architecture]
+
+
+def test_auxiliary_losses_equal_their_formulas():
+    ids = random_ids(2, 24)
+    mod = small_model("mod", num_hidden_layers=2)
+    out = mod(ids, ids, return_masks=True)
+    r, mask = out.tokens[1]["score"], out.masks[1].float()
+    p = r.sigmoid()
+    torch.testing.assert_close(out.losses["mod_aux"], -(mask * p.log() + (1 - mask) * (1 - p).log()).mean())
+    torch.testing.assert_close(out.losses["mod_z"], r.square().mean())
+    p = out.tokens[1]["causal_probability"]
+    torch.testing.assert_close(out.losses["causal"], -(mask * p.log() + (1 - mask) * (1 - p).log()).mean())
+    accuracy = ((p > 0.5) == out.masks[1]).float().mean()
+    torch.testing.assert_close(out.stats["causal_accuracy"], accuracy)
+
+    dtf = small_model("dtf", num_hidden_layers=2)
+    seen = {}
+    dtf.model.layers[0].register_forward_hook(lambda layer, args, output: seen.update(x=args[0], y=output[0]))
+    out = dtf(ids, ids)
+    prior = seen["x"] + dtf.model.layers[0].prior(seen["x"])
+    torch.testing.assert_close(out.losses["prior"], (prior - seen["y"]).square().mean())
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_causal_router_never_moves_the_trunk(architecture):
+    model = small_model(architecture).train()
+    ids = random_ids(2, 40)
+    model(ids, ids).losses["causal"].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {f"model.layers.{i}.causal_router.{kind}" for i in (1, 3) for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_parameter_gets_a_gradient(architecture):
+    model = small_model(architecture).train()
+    ids = random_ids(2, 40)
+    model(ids, ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_equal_finite_differences(architecture, monkeypatch):
+    """Float64, selections held still by the small step: the loss moves along its gradient by what the gradient says."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # no float32 island in between
+    model = small_model(architecture).double().train()
+    ids = random_ids(1, 16)
+    loss = model(ids, ids).losses["lm"]
+    named = [(n, p) for n, p in model.named_parameters() if "causal_router" not in n]
+    if architecture == "stt":  # a straight-through gate's gradient is not that of its value, by design
+        model.model.layers[1].gate = model.model.layers[3].gate = "soft"
+        loss = model(ids, ids).losses["lm"]
+    grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    torch.manual_seed(1)
+    directions = [torch.randn_like(p) for _, p in named]
+    slope = sum((g * v).sum() for g, v in zip(grads, directions, strict=True) if g is not None)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for (_, p), v in zip(named, directions, strict=True):
+                p.add_(v, alpha=sign * 1e-6)
+            values.append(model(ids, ids).losses["lm"])
+            for (_, p), v in zip(named, directions, strict=True):
+                p.sub_(v, alpha=sign * 1e-6)
+    measured = (values[0] - values[1]) / 2e-6
+    torch.testing.assert_close(measured, slope.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_changes_no_gradient(architecture):
+    model = small_model(architecture).train()
+    ids, grads = random_ids(2, 40), []
+    for on in (False, True):
+        model.gradient_checkpointing = on
+        model.zero_grad()
+        model(ids, ids).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_chunked_loss_equals_cross_entropy(fallback, monkeypatch):
+    if fallback:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 200, 16, requires_grad=True), torch.randn(1 << 17, 16, requires_grad=True)
+    targets = torch.randint(0, 1 << 17, (2, 200))
+    targets[0, 7:20] = -100
+    ours = lm_loss(hidden, weight, targets)  # chunks of 128 rows
+    theirs = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for got, expected in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(lm_loss(hidden, weight, targets), theirs, rtol=1e-5, atol=0)
+
+
+def test_loss_memory_is_bounded():
+    """8,192 tokens by 32,768 words would be 1 GiB of float32 logits; the process must grow by far less."""
+    code = (
+        "import resource, torch; from model import lm_loss\n"
+        "def grow(n):\n"
+        "    h, w = torch.randn(1, n, 8, requires_grad=True), torch.randn(32768, 8, requires_grad=True)\n"
+        "    lm_loss(h, w, torch.zeros(1, n, dtype=torch.long)).backward()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = grow(64); print(grow(8192) - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 300_000  # KiB
+
+
+def test_thresholds_average_the_kth_score():
+    model = small_model("mod", causal_decision="threshold", num_hidden_layers=2).train()
+    ids, expected = random_ids(2, 20), None
+    for _ in range(3):
+        out = model(ids, ids, return_masks=True)
+        kth = out.tokens[1]["score"].sort(dim=1, descending=True).values[:, 9].mean().item()
+        expected = kth if expected is None else 0.99 * expected + 0.01 * kth
+        with torch.no_grad():
+            model.model.layers[1].router.weight.add_(0.05)
+        assert model.model.layers[1].threshold.item() == pytest.approx(expected, rel=1e-5)
+    model.eval()
+    model(ids, ids)
+    assert model.model.layers[1].threshold.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scheduled_betas_are_what_the_gate_uses():
+    model = small_model("dtf")
+    model.set_betas(0.8, 1.7)
+    stats = model(random_ids(1, 10)).stats
+    assert stats["beta_ce"].item() == pytest.approx(0.8, rel=1e-5)
+    assert stats["layer_3/beta_cu"].item() == pytest.approx(1.7, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("capacity", [0.5, 0.125])
+def test_flops_equal_the_flop_counter(architecture, capacity):
+    model = small_model(architecture, capacity=capacity, vocab_size=96, num_hidden_layers=6).train()
+    ids = random_ids(2, 64, vocab=96)
+
+    def measured(run):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / ids.numel()
+
+    def training():
+        hidden, notes = model.model(ids)
+        losses, _ = model.collect(notes)
+        (F.linear(hidden, model.head_weight).sum() + sum(losses.values())).backward()
+
+    assert measured(training) == pytest.approx(model.flops_per_token(64, training=True), rel=0.01)
+    if architecture != "stt":  # whose top-k forward includes the dense pass that inference never runs
+        with torch.no_grad():
+            assert measured(lambda: model(ids)) == pytest.approx(model.flops_per_token(64), rel=0.01)
+    for layer in model.routed:  # every token: capacity 1 under causal routing
+        layer.causal_router.bias.data.fill_(1e4)
+    with torch.no_grad():
+        causal = measured(lambda: model(ids, routing="causal"))
+    assert causal == pytest.approx(model.flops_per_token(64, capacity=1.0), rel=0.01)
+
+
+PUBLISHED = {
+    "0.5B": 494_032_768,
+    "1.5B": 1_543_714_304,
+    "3B": 3_085_938_688,
+    "7B": 7_615_616_512,
+    "14B": 14_770_033_664,
+    "32B": 32_763_876_352,
+    "72B": 72_706_203_648,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_parameter_counts(size):
+    assert {name for name in SIZES if name.endswith("B")} == PUBLISHED.keys()
+    for architecture in ARCHITECTURES:
+        config = ModelConfig.preset(size, architecture=architecture)
+        with torch.device("meta"):
+            model = Transformer(config)
+        d, routed = config.hidden_size, len(config.routed_layers)
+        predictor = 3 * d * config.prior_width + d
+        extra = {"dense": 0, "mod": d, "dtf": 4 + predictor, "stt": 4 + predictor}[architecture]
+        extra += 0 if architecture == "dense" else 2 * d + 1
+        assert sum(p.numel() for p in model.parameters()) == PUBLISHED[size] + routed * extra
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"architecture": "moe"}, "architecture='moe' is not one of dense, mod, dtf, stt"),
+        ({"hidden_size": 30}, "hidden_size=30 is not divisible by num_attention_heads=4"),
+        ({"hidden_size": 36}, "must be even for RoPE"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+        ({"capacity": 0.0}, "capacity=0.0"),
+        ({"capacity": 1.5}, "capacity=1.5"),
+        ({"architecture": "mod", "capacity": [0.5]}, "1 values for 2 routed layers"),
+        ({"architecture": "stt", "causal_decision": "threshold"}, "not available for stt"),
+        ({"architecture": "dtf", "router": "random"}, "control for mod"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    ],
+)
+def test_bad_configurations_are_refused(bad, message):
+    with pytest.raises(ModelError, match=message.replace("(", "\\(")):
+        ModelConfig(**SMALL | bad)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ModelError, match="router='x'.*gate='y'"):
+        ModelConfig(router="x", gate="y")
+
+
+@pytest.mark.parametrize("alias, name", [("standard", "dense"), ("sdt", "dtf"), ("tdtf", "stt")])
+def test_aliases(alias, name):
+    assert ModelConfig(architecture=alias).architecture == name
+
+
+def test_layer_pattern_of_an_odd_number_of_layers():
+    kinds = [type(layer).__name__ for layer in small_model("dtf").model.layers]
+    assert kinds == ["DecisionBlock", "DynamicBlock", "DecisionBlock", "DynamicBlock", "Block"]
+    assert [type(layer).__name__ for layer in small_model("mod").model.layers][::2] == ["Block"] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_models_come_back_whole(architecture, tied, tmp_path):
+    model = small_model(architecture, tie_word_embeddings=tied, capacity=0.3, gate="soft")
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(str(tmp_path))
+    assert again.config == model.config and again.initialized == []
+    ids = random_ids(2, 30)
+    for routing in ("topk", "causal"):
+        assert torch.equal(again(ids, routing=routing).logits, model(ids, routing=routing).logits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dense_exports_open_in_transformers_and_theirs_here(tied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = small_model("dense", tie_word_embeddings=tied), random_ids(2, 30)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative_error(theirs(ids).logits, model(ids).logits) <= 1e-5
+    theirs.bfloat16().save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    again = Transformer.from_pretrained(str(tmp_path / "theirs"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(again(ids).logits, theirs(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_conversion_starts_the_routed_parts_anew(architecture, tmp_path):
+    dense = small_model("dense")
+    dense.save_pretrained(tmp_path)
+    model = Transformer.from_pretrained(str(tmp_path), architecture=architecture, capacity=0.25)
+    assert model.config.capacity == 0.25
+    assert set(model.loaded) == dense.state_dict().keys()
+    assert set(model.initialized) == model.state_dict().keys() - set(model.loaded) and model.initialized
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    if architecture != "mod":
+        assert model.model.layers[1].router.o_ce.item() == pytest.approx(0.5806)
+
+
+def damaged(directory, **changes):
+    """A saved dense model with some of its config's fields changed."""
+    small_model("dense").save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "RoPE scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"vocab_size": 98}, "model.embed_tokens.weight has shape \\(97, 32\\), \\(98, 32\\) is expected"),
+        ({"num_hidden_layers": 4}, "unknown tensor model.layers.4"),
+        ({"num_hidden_layers": 6}, "missing tensors model.layers.5"),
+    ],
+)
+def test_unusable_checkpoints_are_refused_by_name(changes, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        Transformer.from_pretrained(damaged(tmp_path, **changes))
+
+
+def test_missing_or_renamed_tensors_are_errors(tmp_path):
+    small_model("mod").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    router = tensors.pop("model.layers.1.router.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="missing tensors model.layers.1.router.weight"):
+        Transformer.from_pretrained(str(tmp_path))
+    save_file(tensors | {"model.layers.1.rooter.weight": router}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="unknown tensor model.layers.1.rooter.weight"):
+        Transformer.from_pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match="unknown tensor"):  # a routed model is not silently made dense
+        Transformer.from_pretrained(str(tmp_path), architecture="dense")
+
+
+def test_pickles_truncated_files_and_escaping_paths_are_refused(tmp_path):
+    directory = damaged(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    with pytest.raises(ModelError, match="model.safetensors is damaged"):
+        Transformer.from_pretrained(directory)
+    weights.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights \\(pytorch_model.bin\\)"):
+        Transformer.from_pretrained(directory)
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside its directory"):
+        Transformer.from_pretrained(directory)
+    with pytest.raises(ModelError, match="neither a directory nor a hub id"):
+        Transformer.from_pretrained(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not a model configuration"):
+        Transformer.from_pretrained(directory)
+
+
+def test_bad_calls_are_refused():
+    model = small_model("mod")
+    with pytest.raises(ModelError, match="max_position_embeddings=256"):
+        model(random_ids(1, 257))
+    with pytest.raises(ModelError, match="routing='best'"):
+        model(random_ids(1, 4), routing="best")
+    with pytest.raises(ModelError, match="lengths"):
+        model(random_ids(2, 4), lengths=[5, 1])
+    with pytest.raises(ModelError, match="KV cache"):
+        model(random_ids(1, 4), cache=model.new_cache(1, 8))
+
+
+def test_model_imports_no_heavy_library():
+    heavy = "transformers", "datasets", "wandb", "peft", "lm_eval"
+    code = f"import sys, model; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
