@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import runpy
 import sys
 import textwrap
@@ -69,7 +70,7 @@ def convert(value, want, text=False):
         if text:
             value = int(value) if value.lstrip("+-").replace("_", "").isdigit() else float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if want is float and value == value:  # a NaN setting helps nobody
+            if want is float and not math.isnan(value):  # a NaN setting helps nobody
                 return float(value)
             if want is int and value == value // 1:
                 return int(value)
@@ -101,8 +102,11 @@ def configure(doc, argv, *schemas, positional=None):
     which are neither config files nor keys. `--help` prints `doc` and every key, and exits 0.
     Raises ConfigError naming every bad argument at once.
     """
-    fields = [{f.name: hint[f.name] for f in dataclasses.fields(schema)}  # key -> annotation, for each dataclass
-              for schema in schemas for hint in [typing.get_type_hints(schema)]]
+    fields = [
+        {f.name: hint[f.name] for f in dataclasses.fields(schema)}  # key -> annotation, for each dataclass
+        for schema in schemas
+        for hint in [typing.get_type_hints(schema)]
+    ]
     types_of = {key: want for known in fields for key, want in known.items()}
     if "--help" in argv or "-h" in argv:
         print_help(doc, schemas, fields)
@@ -141,7 +145,7 @@ def configure(doc, argv, *schemas, positional=None):
         elif arg.endswith(".py"):
             try:
                 names = runpy.run_path(arg)
-            except Exception as e:  # the user's own program: anything can happen
+            except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
                 problems.append(f"config file {arg}: {type(e).__name__}: {e}")
                 continue
             for name, value in names.items():

@@ -1,0 +1,236 @@
+"""The token-file format: what prepare.py writes and train.py reads.
+
+    data/<name>/manifest.json               what is there: see read_manifest
+    data/<name>/tokenizer.json
+    data/<name>/train/<source>-00000.bin    little-endian uint16, or uint32 from 65,536 ids on
+    data/<name>/val/<source>-00000.bin      a document is its tokens, then eot_token
+
+The files of a source are one long row of tokens, cut into blocks of `seq_len` (and one more token: the last target).
+Sequence n of the endless training stream is a pure function of (seed, n), so it is the same whatever the number of
+ranks, the micro-batch or the restarts. Nothing in memory grows with the corpus.
+
+    python data.py verify DIR               compare every file with its SHA-256 in the manifest
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+SPLITS = ("train", "val")
+PERIOD = 65_536  # slots after which the interleaving of the sources repeats; the resolution of their weights
+
+
+class DataError(ValueError):
+    """A data folder that cannot be used; the message is one line for the user."""
+
+
+def read_manifest(data_dir):
+    """The checked manifest of a data folder, a dict:
+
+        version, tokenizer (where it comes from), dtype ("uint16" or "uint32"), vocab_size, eot_token (id),
+        sources: {name: {weight, train: part, val: part}},  part: {tokens, documents, files: [{name, tokens, sha256}]}
+
+    Raises DataError where it is missing, malformed, of another version, or at odds with the sizes of the files.
+    """
+    data_dir = Path(data_dir)
+    path = data_dir / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{data_dir} is no data folder (it has no manifest.json): python prepare.py makes one")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["version"] != VERSION:
+            raise DataError(f"{path}: version is {manifest['version']!r}, not {VERSION}: prepare the data again")
+        width = {"uint16": 2, "uint32": 4}[manifest["dtype"]]
+        if not 0 <= int(manifest["eot_token"]) < int(manifest["vocab_size"]) <= 256**width:
+            raise ValueError("eot_token, vocab_size and dtype do not fit together")
+        for source in manifest["sources"].values():
+            if not 0 <= float(source["weight"]) < float("inf"):
+                raise ValueError(f"a weight of {source['weight']}")
+            for split in SPLITS:
+                for file in source[split]["files"]:
+                    if not re.fullmatch(rf"{split}/[\w.-]+\.bin", file["name"]):  # nothing outside the folder
+                        raise ValueError(f"a file named {file['name']!r}")
+                    size, want = (data_dir / file["name"]).stat().st_size, file["tokens"] * width
+                    if size != want:
+                        raise DataError(
+                            f"{data_dir / file['name']} has {size:,} bytes where the manifest says {want:,}: "
+                            "it was truncated or altered; prepare the data again"
+                        )
+                if source[split]["tokens"] != sum(file["tokens"] for file in source[split]["files"]):
+                    raise ValueError(f"the {split} files do not add up to {source[split]['tokens']} tokens")
+    except FileNotFoundError as e:
+        raise DataError(f"{e.filename} is in the manifest but not on disk: prepare the data again") from None
+    except DataError:
+        raise
+    except KeyError as e:
+        raise DataError(f"{path} is malformed: {e} is missing or unknown") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise DataError(f"{path} is malformed: {e}") from None
+    return manifest
+
+
+def verify(data_dir):
+    """Compare every file with its SHA-256 in the manifest; raises DataError naming the ones that differ."""
+    altered = []
+    for source in read_manifest(data_dir)["sources"].values():
+        for file in source["train"]["files"] + source["val"]["files"]:
+            with open(Path(data_dir) / file["name"], "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
+                    altered.append(file["name"])
+    if altered:
+        raise DataError(f"{data_dir}: altered since they were prepared: {', '.join(altered)}; prepare the data again")
+
+
+def mix(x):
+    """A hash of 64 bits to 64 bits (the finaliser of splitmix64), on uint64 arrays."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffle(index, n, key):
+    """Where a pseudo-random permutation of range(n), chosen by `key`, sends `index`; uint64 arrays of one shape.
+
+    A Feistel network permutes the next power of four; what lands outside range(n) is sent through it again until it is
+    inside. So a shuffle of any size needs no memory, and any element of it can be asked for.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    x = index.copy()
+    outside = np.ones(x.shape, bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & low
+        for turn in range(4):
+            left, right = right, left ^ (mix(right ^ mix(key[outside] + np.uint64(turn))) & low)
+        x[outside] = left << half | right
+        outside = x >= np.uint64(n)
+    return x
+
+
+def interleave(counts):
+    """Slots 0 … sum(counts)-1 dealt out so that every prefix is close to the proportions of `counts`.
+
+    Returns (which, rank): slot i belongs to `which[i]` and is its `rank[i]`-th. Number k of a source with c slots stands
+    at the time (k + 1/2) / c, and the slots are in the order of time.
+    """
+    which = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(c) for c in counts])
+    order = np.argsort((rank + 0.5) / np.repeat(counts, counts), kind="stable")
+    return which[order], rank[order]
+
+
+class TokenData:
+    """The blocks of one split as numbered sequences.
+
+    split="train": an endless stream. Every epoch of a source is a new permutation of its blocks, in which none repeats;
+    the sources are interleaved by `weight` (`weights` = {source: weight} replaces the manifest's; 0 leaves one out).
+    split="val": the len() blocks of all sources once, in a fixed order, each prefix close to their proportions.
+    A source without a whole block in this split is left out.
+
+    vocab_size, manifest;  tokens: how many this split holds;  len(): its blocks, the sequences of one epoch.
+    Raises DataError where the folder is damaged, fewer than seq_len + 1 tokens are there, or a weight fits no source.
+    """
+
+    def __init__(self, data_dir, split, seq_len, seed=42, weights=None):
+        if split not in SPLITS:
+            raise DataError(f"split {split!r}: one of {', '.join(SPLITS)}")
+        self.data_dir, self.split, self.seq_len = Path(data_dir), split, seq_len
+        self.manifest = read_manifest(data_dir)
+        self.vocab_size = self.manifest["vocab_size"]
+        sources = self.manifest["sources"]
+        weights = {name: source["weight"] for name, source in sources.items()} | (weights or {})
+        for name, weight in weights.items():
+            if name not in sources:
+                raise DataError(f"weights: {data_dir} has no source {name!r}, only {', '.join(sources)}")
+            if not 0 <= weight < float("inf"):
+                raise DataError(f"weights: {name}={weight} is not a number from 0 on")
+
+        self.names = [name for name in sources if weights[name] > 0 and sources[name][split]["tokens"] > seq_len]
+        self.tokens = sum(sources[name][split]["tokens"] for name in sources if weights[name] > 0)
+        if not self.names:
+            most = max((sources[name][split]["tokens"] for name in sources if weights[name] > 0), default=0)
+            raise DataError(
+                f"{data_dir}: the {split} split has {most:,} tokens, too few for seq_len={seq_len}, which needs "
+                f"{seq_len + 1:,}: lower seq_len or prepare more text"
+            )
+        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.files = [
+            [np.memmap(self.data_dir / file["name"], dtype, "r") for file in sources[name][split]["files"]]
+            for name in self.names
+        ]
+        self.ends = [np.cumsum([len(file) for file in files]) for files in self.files]
+        self.blocks = np.array([(ends[-1] - 1) // seq_len for ends in self.ends])
+
+        if split == "val":
+            counts = self.blocks
+        else:  # every source gets a slot, however small its weight
+            share = np.array([weights[name] for name in self.names], float)
+            counts = np.maximum(1, np.round(PERIOD * share / share.sum())).astype(int)
+        self.counts = counts if len(counts) > 1 or split == "val" else np.array([1])
+        self.which, self.rank = interleave(self.counts)
+        digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
+        self.keys = np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
+
+    def __len__(self):
+        return int(self.blocks.sum())
+
+    def locate(self, first, count):
+        """Sequences first … first+count-1 as (source, block): two int64 arrays (count,) indexing `names` and blocks."""
+        number = np.arange(first, first + count)
+        source = self.which[number % len(self.which)]
+        index = number // len(self.which) * self.counts[source] + self.rank[number % len(self.which)]
+        if self.split == "val":
+            if first < 0 or first + count > len(self):
+                raise DataError(
+                    f"{self.data_dir}: the val split has {len(self):,} sequences of {self.seq_len}, no more"
+                )
+            return source, index
+        for s in np.unique(source):
+            mine, n = source == s, int(self.blocks[s])
+            epoch, within = np.divmod(index[mine].astype(np.uint64), np.uint64(n))
+            index[mine] = shuffle(within, n, mix(self.keys[s] + epoch))
+        return source, index
+
+    def batch(self, first, count):
+        """Sequences first … first+count-1 as (input_ids, targets), int64 (count, seq_len); targets are one token on.
+
+        Raises DataError when a file holds an id beyond vocab_size, or a val sequence beyond len() is asked for.
+        """
+        import torch  # here: prepare.py needs the format, not torch
+
+        rows = np.empty((count, self.seq_len + 1), np.int64)
+        for row, source, block in zip(rows, *self.locate(first, count), strict=True):
+            ends, filled, at = self.ends[source], 0, int(block) * self.seq_len
+            file = int(np.searchsorted(ends, at, side="right"))
+            while filled < len(row):  # a block may run over the end of a file
+                begin = at + filled - (int(ends[file - 1]) if file else 0)
+                piece = self.files[source][file][begin : begin + len(row) - filled]
+                row[filled : filled + len(piece)] = piece
+                filled, file = filled + len(piece), file + 1
+        if count and rows.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.data_dir}: token id {rows.max():,} in sequences {first}-{first + count - 1} of {self.split}, "
+                f"beyond vocab_size={self.vocab_size:,}: a file was altered; prepare the data again"
+            )
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (count, seq_len) each
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.strip())
+        return
+    if len(argv) != 2 or argv[0] != "verify":
+        raise DataError(f"data.py takes `verify DIR`, not {' '.join(argv)!r}")
+    verify(argv[1])
+    print(f"{argv[1]}: every file is as it was prepared")
+
+
+if __name__ == "__main__":
+    from configurator import cli
+
+    cli(main, DataError)
