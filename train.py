@@ -1,0 +1,630 @@
+"""Train a dense, MoD, DTF or STT model on token files: one GPU, a laptop's CPU, or many ranks.
+
+    python train.py                                              a small dense model on data/stdlib
+    python train.py config/demo.py --architecture=dtf            a config file, then keys; a later one wins
+    torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py
+    python train.py config/demo.py --resume=auto                 go on where the run in out_dir stopped
+
+A resumed run takes every key that is not given from its checkpoint, and continues to the same bits. Ctrl-C, SIGTERM and
+SIGUSR1 end the step, save and stop; a second Ctrl-C stops at once. In <out_dir>: metrics.jsonl, step_*/ (checkpoints)
+and, after the last step, final_model/.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import CheckpointError
+from configurator import ConfigError, cli, configure
+from data import DataError, TokenData
+from model import SIZES, ModelConfig, ModelError, Transformer
+
+
+@dataclass
+class TrainConfig:
+    data_dir: str = "data/stdlib"  # token files, as prepare.py writes them
+    out_dir: str = "out/run"  # where metrics.jsonl, checkpoints and final_model go
+    init_from: str = "scratch"  # scratch, a model directory, or a Hugging Face id
+    size: str = "demo"  # shape of a model from scratch: demo, 10M, 50M, 0.5B … 72B; single keys override it
+    resume: str = "none"  # none; auto: the newest intact checkpoint of out_dir, if any; or a step or run directory
+
+    seq_len: int = 256  # tokens of a sequence
+    batch_size: int = 8  # sequences of a micro-batch, on one device
+    grad_accum_steps: int = 1  # micro-batches of a step, of the whole job: they are divided over the ranks
+    max_steps: int = 600  # optimizer steps
+    eval_interval: int = 100  # steps between evaluations (0: only before the first step and after the last)
+    eval_batches: int = 8  # micro-batches of validation text in an evaluation, of the whole job
+    log_interval: int = 10  # steps between two lines of metrics: the device is read no more often
+    log_layers: bool = False  # log the statistics of every routed layer too, as layer_{i}/…
+    save_interval: int = 200  # steps between checkpoints (0: only after the last step)
+    keep_last: int = 2  # checkpoints to keep; the one with the best validation loss stays besides
+
+    lr_base: float | None = None  # rate of all ordinary weights (unset: 1e-3 from scratch, 1e-5 on pretrained weights)
+    lr_prior: float = 1e-3  # rate of priors and transition networks
+    lr_router: float = 1e-2  # rate of routers and surprise gates
+    lr_causal_router: float = 1e-3  # rate of causal routers
+    min_lr_ratio: float = 0.1  # where the cosine decay ends, as a share of the rate
+    warmup_ratio: float = 0.01  # share of the steps with linear warm-up
+    weight_decay: float = 0.01  # of matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
+    capacity_anneal_steps: int = 0  # steps until the annealed capacity reaches its value
+    max_bad_steps: int = 10  # end the run after so many steps in a row without a finite loss and gradient
+
+    seed: int = 42  # of initial weights and of the order of the data
+    device: str = "auto"  # auto, cuda, mps, cpu
+    dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
+    compile: bool = False  # torch.compile
+    gradient_checkpointing: bool = False  # less memory, a third more compute
+
+    wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: into out_dir only)
+    wandb_project: str = "nanodtf"  # W&B project
+    wandb_entity: str = ""  # W&B user or team (empty: your default)
+    wandb_run_name: str = ""  # W&B run name (empty: out_dir)
+
+    def __post_init__(self):
+        problems = []
+        for name in ("seq_len", "batch_size", "grad_accum_steps", "eval_batches", "log_interval", "keep_last"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "max_steps",
+            "eval_interval",
+            "save_interval",
+            "capacity_anneal_steps",
+            "weight_decay",
+            "grad_clip",
+        ):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            problems.append(f"dtype={self.dtype!r} is not one of auto, float32, bfloat16")
+        if (self.capacity_start is None) != (self.capacity_anneal_steps == 0):
+            problems.append("capacity_start and capacity_anneal_steps need each other: set both or none")
+        if self.lr_base is None:
+            self.lr_base = 1e-3 if self.init_from == "scratch" else 1e-5
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+class TrainError(ValueError):
+    """A run that cannot go on; the message is one line."""
+
+
+# What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
+# the data, and batch_size · grad_accum_steps (their product alone decides which sequences make a step).
+FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps")
+
+# Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first name that
+# the device's name contains. A device that is missing here gets no MFU rather than a guess.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A6000": 154.8e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a step
+
+
+def lr_scale(step, max_steps, warmup_ratio, min_lr_ratio):
+    """Share of the peak rate at `step` (0-based): linear warm-up, then a cosine down to min_lr_ratio."""
+    warmup = int(warmup_ratio * max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def annealed(step, start, end, steps):
+    """Capacity at `step`: from `start` to `end` in 8 stairs, since every new k recompiles; `end` from 7/8 · steps on."""
+    if isinstance(end, list | tuple):
+        return [annealed(step, start, e, steps) for e in end]
+    stair = min(7, 8 * step // steps) / 7
+    return start * (1 - stair) + end * stair
+
+
+def perplexity(loss):
+    return math.exp(min(loss, 700.0))  # e^710 is no float
+
+
+def param_groups(model, cfg):
+    """Every trainable parameter in exactly one of AdamW's groups: by its name, and decayed if it is a matrix."""
+    groups = {}
+    for name, p in model.named_parameters():
+        kind = "base"
+        for part in ("router", "causal_router", "prior", "transition"):
+            if f".{part}." in name:
+                kind = "prior" if part == "transition" else part
+        if p.requires_grad:
+            decay = cfg.weight_decay if p.ndim >= 2 else 0.0
+            group = groups.setdefault((kind, p.ndim >= 2), {"name": kind, "params": [], "weight_decay": decay})
+            group["params"].append(p)
+    return list(groups.values())
+
+
+def batches(data, firsts, count, device):
+    """For each number in `firsts`, the `count` sequences from there as (input_ids, targets) on the device: (count, T).
+
+    A thread makes them two ahead, in pinned memory on CUDA, so that the device never waits for the disk.
+    """
+
+    def make(first):
+        return [t.pin_memory() if device.type == "cuda" else t for t in data.batch(first, count)]
+
+    firsts = iter(firsts)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque(thread.submit(make, first) for first in islice(firsts, 2))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(thread.submit(make, first) for first in islice(firsts, 1))
+            yield tuple(t.to(device, non_blocking=True) for t in batch)
+
+
+@torch.no_grad()
+def evaluate(model, data, cfg, device, autocast, rank, world):
+    """Mean loss of the first eval_batches micro-batches of validation text, under both routings: two floats.
+
+    The batches are divided over the ranks, so every rank must call this; a short validation split is read once.
+    """
+    count = min(cfg.batch_size, len(data))
+    n = min(cfg.eval_batches, len(data) // count)
+    routings = ["topk", "causal"] if model.config.routed_layers else ["topk"]  # dense: the two are one
+    sums = torch.zeros(len(routings), device=device)
+    model.eval()
+    for x, y in batches(data, range(rank * count, n * count, world * count), count, device):
+        for i, routing in enumerate(routings):
+            with autocast:
+                sums[i] += model(x, y, routing=routing).losses["lm"]
+    model.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    losses = (sums / n).tolist()
+    return losses[0], losses[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def pick_device(cfg, local_rank, world):
+    """The device and the autocast context of this rank. Raises ConfigError for a device that is not there."""
+    name = cfg.device
+    if name == "auto":  # mps has no collectives
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and world == 1
+            else "cpu"
+        )
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world == 1, "cpu": True}
+    if not there.get(name):
+        raise ConfigError(f"device={cfg.device!r} is not available here: {', '.join(d for d in there if there[d])}")
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {local_rank} finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported())
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return device, torch.autocast(name, torch.bfloat16) if bf16 else nullcontext()
+
+
+def merge(saved, train_set, model_set):
+    """The configs of a resumed run: what its checkpoint says, then what is set now. Raises ConfigError for a conflict."""
+    try:
+        before = TrainConfig(**saved["config"]["train"])
+        cfg = TrainConfig(**saved["config"]["train"] | train_set)
+        model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
+        step, model_before = saved["step"], saved["config"]["model"]
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"state.json is not one of this program: {e}") from e
+    now, then = asdict(cfg), asdict(before)
+    changed = [(name, then[name], now[name]) for name in FIXED if then[name] != now[name]]
+    if cfg.batch_size * cfg.grad_accum_steps != before.batch_size * before.grad_accum_steps:
+        changed.append(("batch_size · grad_accum_steps", *(c.batch_size * c.grad_accum_steps for c in (before, cfg))))
+    model_now = json.loads(json.dumps(model_cfg.to_dict()))  # as it was read: lists, not tuples
+    changed += [
+        (name, model_before[name], model_now[name]) for name in model_set if model_before[name] != model_now[name]
+    ]
+    if changed:
+        listed = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changed)
+        raise ConfigError(
+            f"the checkpoint is of another run: {listed}; drop these keys, or start with another --out_dir"
+        )
+    if cfg.max_steps < step:
+        raise ConfigError(f"max_steps={cfg.max_steps} lies before the checkpoint's step {step}: raise it")
+    return cfg, model_cfg
+
+
+def check_fit(cfg, model_cfg, data, world):
+    """Whether model, data and job can work together; ConfigError names everything that cannot."""
+    problems = []
+    if data.vocab_size > model_cfg.vocab_size:
+        problems.append(
+            f"{cfg.data_dir} has token ids up to {data.vocab_size - 1}, the model vocab_size={model_cfg.vocab_size}: "
+            "prepare the text with this model's tokenizer, or raise vocab_size"
+        )
+    if cfg.seq_len > model_cfg.max_position_embeddings:
+        problems.append(
+            f"seq_len={cfg.seq_len} is longer than max_position_embeddings={model_cfg.max_position_embeddings}"
+        )
+    if cfg.grad_accum_steps % world:
+        problems.append(
+            f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {world} ranks: "
+            f"use {-(-cfg.grad_accum_steps // world) * world}"
+        )
+    if cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
+        problems.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def start_wandb(cfg, model_cfg, run_id, resumed):
+    """The W&B run. Raises ConfigError where it cannot start."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb_log=True needs the package: pip install wandb, or --wandb_log=False") from None
+    try:
+        return wandb.init(
+            project=cfg.wandb_project,
+            entity=cfg.wandb_entity or None,
+            name=cfg.wandb_run_name or cfg.out_dir,
+            id=run_id,
+            resume="allow" if resumed else None,
+            dir=cfg.out_dir,
+            config=asdict(cfg) | asdict(model_cfg),
+        )
+    except wandb.Error as e:
+        raise ConfigError(f"W&B does not start: {e} (WANDB_MODE=offline needs no network)") from e
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv):
+    train_set, model_set = configure(__doc__, argv, TrainConfig, ModelConfig)
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    # -- a new run, or the checkpoint of an old one
+    cfg = TrainConfig(**train_set)
+    found = [checkpoint.find(cfg.resume, cfg.out_dir, say) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    resumed, saved = found[0], {}
+    if resumed:
+        saved = checkpoint.read_state(resumed)
+        cfg, model_cfg = merge(saved, {"out_dir": str(resumed.parent)} | train_set, model_set)
+        if Path(cfg.out_dir).resolve() != resumed.parent.resolve():
+            checkpoint.find("none", cfg.out_dir)  # goes on elsewhere: not on top of another run
+    device, autocast = pick_device(cfg, local_rank, world)
+    data, val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
+    fingerprint = checkpoint.digest(Path(cfg.data_dir) / "manifest.json")
+    if resumed and saved["data"] != fingerprint:
+        raise ConfigError(f"data_dir={cfg.data_dir} is not the data that the checkpoint was trained on")
+
+    # -- the model
+    torch.manual_seed(cfg.seed)
+    if not resumed and cfg.init_from == "scratch":
+        vocabulary = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
+        model_cfg = ModelConfig.preset(cfg.size, **vocabulary | model_set)
+        check_fit(cfg, model_cfg, data, world)
+        model = Transformer(model_cfg)
+    else:
+        if not resumed and "size" in train_set:
+            raise ConfigError(f"size={cfg.size!r} is for init_from='scratch': {cfg.init_from} has a size of its own")
+        # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
+        overrides = {"capacity": model_cfg.capacity} if resumed else model_set
+        model = Transformer.from_pretrained(resumed or cfg.init_from, **overrides)
+        model_cfg = model.config
+        check_fit(cfg, model_cfg, data, world)
+    model_config = model_cfg.to_dict()  # as asked for; annealing changes model.config
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    if model_cfg.beta_schedule:
+        for layer in model.routed:  # they follow the schedule, not the optimizer
+            layer.router.beta_ce.requires_grad_(False), layer.router.beta_cu.requires_grad_(False)
+    model.to(device).train()
+    if cfg.compile:
+        model.compile_trunk()
+    torch.manual_seed(cfg.seed + 1 + rank)  # what is drawn in training differs from rank to rank
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # -- the optimizer
+    groups = param_groups(model, cfg)
+    rates = {"base": cfg.lr_base, "prior": cfg.lr_prior, "router": cfg.lr_router, "causal_router": cfg.lr_causal_router}
+    rates = {kind: rates[kind] for kind in rates if any(group["name"] == kind for group in groups)}
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr_base, betas=(0.9, 0.95), fused=True)
+
+    # -- where the run stands
+    step, flops, best_val_loss, run_id = 0, 0.0, None, uuid.uuid4().hex[:8]
+    meter = torch.zeros(0)  # sums of this rank's metrics since the last log; their names come with the first step
+    counts = torch.zeros(3)  # since the last log: good steps; bad steps in a row; bad steps of the whole run
+    if resumed:
+        step, flops, best_val_loss, run_id = (saved[k] for k in ("step", "flops", "best_val_loss", "wandb_id"))
+        then = torch.load(resumed / "optimizer.pt", map_location="cpu", weights_only=True)
+        # rates and decay are those of the config of now
+        optimizer.load_state_dict(then | {"param_groups": optimizer.state_dict()["param_groups"]})
+        ranks = torch.load(resumed / "ranks.pt", map_location="cpu", weights_only=True)
+        counts = ranks[0]["counts"]
+        if len(ranks) == world:
+            meter = ranks[rank]["meter"]
+            torch.set_rng_state(ranks[rank]["rng"])
+            if device.type == "cuda" and "cuda" in ranks[rank]:
+                torch.cuda.set_rng_state(ranks[rank]["cuda"], device)
+        else:  # another number of ranks: new random numbers, and the mean of the sums for each
+            meter = torch.stack([each["meter"] for each in ranks]).mean(0)
+            torch.manual_seed(cfg.seed + 1 + rank + step)
+    meter, counts = meter.to(device), counts.to(device)
+    val_loss = None  # that of this step, where it was evaluated
+    saved_step = step if resumed else None
+
+    micro_steps = cfg.grad_accum_steps // world  # micro-batches of a step on this rank
+    tokens_per_step = cfg.batch_size * cfg.grad_accum_steps * cfg.seq_len
+    flops_per_token = model.flops_per_token(cfg.seq_len, training=True)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
+    out_dir, pending, wandb_run = Path(cfg.out_dir), [], None
+    metrics_file = out_dir / "metrics.jsonl"
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.rewind(out_dir, step if resumed else -1)
+        if cfg.wandb_log:
+            wandb_run = start_wandb(cfg, model_cfg, run_id, resumed)
+
+    epochs = cfg.max_steps * tokens_per_step / data.tokens
+    say(f"{model_cfg.architecture}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    say(
+        f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {tokens_per_step:,} read {epochs:.2f} epochs"
+    )
+    say(f"{device}, {world} rank(s), {'float32' if isinstance(autocast, nullcontext) else 'bfloat16'}")
+    for group in groups:
+        size, rate = sum(p.numel() for p in group["params"]), rates[group["name"]]
+        say(f"  {group['name']:13} {size:13,} parameters, rate {rate:g}, weight decay {group['weight_decay']:g}")
+    if gpu and not peak:
+        say(f"warning: no MFU, because the peak FLOP/s of {gpu} is not in PEAK_FLOPS")
+    if resumed:
+        say(f"resumed from {resumed}")
+
+    def validate():
+        """The validation metrics; every rank calls it."""
+        nonlocal val_loss, best_val_loss
+        topk, causal = evaluate(model, val, cfg, device, autocast, rank, world)
+        if math.isfinite(topk):
+            val_loss, best_val_loss = topk, topk if best_val_loss is None else min(topk, best_val_loss)
+        say(f"step {step}: validation loss {topk:.4f}, under causal routing {causal:.4f}")
+        losses = {"val/loss": topk, "val/loss_causal": causal}
+        return losses | {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in losses.items()}
+
+    def record(metrics):
+        """A line of metrics.jsonl, and the same on W&B."""
+        if rank:
+            return
+        metrics = {"tokens": step * tokens_per_step, "flops": flops} | metrics
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        pending.append(json.dumps({"step": step} | finite) + "\n")
+        try:
+            checkpoint.append_lines(metrics_file, pending)
+        except OSError as e:
+            say(f"warning: {e}; the metrics wait in memory")
+        if wandb_run:
+            wandb_run.log(metrics, step=step)
+
+    def save():
+        """A checkpoint; every rank calls it, the main one writes. A full disk is a warning, not the end of the run."""
+        nonlocal saved_step
+        mine = {"meter": meter.cpu(), "counts": counts.cpu(), "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(device)
+        ranks = [mine] * world
+        if world > 1:
+            dist.all_gather_object(ranks, mine)
+        if rank == 0:
+            state = {"step": step, "tokens": step * tokens_per_step, "flops": flops, "val_loss": val_loss}
+            state |= {"best_val_loss": best_val_loss, "data": fingerprint, "wandb_id": run_id, "world_size": world}
+            state |= {"config": {"train": asdict(cfg), "model": model_config}, "torch": torch.__version__}
+            try:
+                checkpoint.flush(metrics_file)
+                checkpoint.save(out_dir, state, model, optimizer, ranks, cfg.data_dir, cfg.keep_last)
+            except CheckpointError as e:
+                say(f"warning: {e}; what was saved before is intact")
+                return
+        saved_step = step
+
+    # -- A first signal ends the step, a second Ctrl-C stops at once. One key press comes twice under torchrun, from the
+    # terminal and from torchrun itself: within a second it is the same one.
+    stop = {"signal": 0, "time": 0.0}
+
+    def on_signal(number, frame):
+        if number == signal.SIGINT and stop["signal"] and time.monotonic() - stop["time"] > 1:
+            raise KeyboardInterrupt
+        if not stop["signal"]:
+            stop.update(signal=number, time=time.monotonic())
+            if rank == 0:
+                os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")  # print() is not reentrant
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+
+    if not resumed:
+        record(validate())
+    mine = range(step * cfg.grad_accum_steps + rank, cfg.max_steps * cfg.grad_accum_steps, world)  # micro-batches
+    stream = batches(data, (number * cfg.batch_size for number in mine), cfg.batch_size, device)
+    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+    logged, clock, capacity, stopped, hopeless = step, time.perf_counter(), None, 0, False
+
+    # -----------------------------------------------------------------------------------------------------------------
+    while step < cfg.max_steps and not stopped and not hopeless:
+        # -- what changes with the step: rates, capacity, betas
+        scale = lr_scale(step, cfg.max_steps, cfg.warmup_ratio, cfg.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = scale * rates[group["name"]]
+        if cfg.capacity_start is not None:
+            now = annealed(step, cfg.capacity_start, model_config["capacity"], cfg.capacity_anneal_steps)
+            if now != capacity:
+                capacity = now
+                model.set_capacity(capacity)
+                flops_per_token = model.flops_per_token(cfg.seq_len, training=True)
+        if model_cfg.beta_schedule:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / cfg.max_steps))
+            ranges = model_cfg.beta_ce_range, model_cfg.beta_cu_range
+            model.set_betas(*(end + (begin - end) * cosine for begin, end in ranges))
+
+        # -- forward and backward
+        values = 0.0
+        for micro in range(micro_steps):
+            x, y = next(stream)  # (B, T) each
+            if world > 1:
+                wrapped.require_backward_grad_sync = micro == micro_steps - 1  # one exchange of gradients a step
+            with autocast:
+                out = wrapped(x, y)
+            (out.loss / micro_steps).backward()
+            losses = {"train/loss" if name == "lm" else f"{name}_loss": loss for name, loss in out.losses.items()}
+            stats = {name: stat for name, stat in out.stats.items() if cfg.log_layers or not name.startswith("layer_")}
+            shown = {"total": out.loss} | losses | stats
+            values = values + torch.stack([value.detach().float() for value in shown.values()]) / micro_steps
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+
+        # -- update, unless the loss or the gradient is not finite: then, on all ranks, nothing changes. The optimizer
+        # reads found_inf on the device, so the host need not wait to know.
+        bad = 1 - torch.isfinite(values[0] + grad_norm).float()
+        if world > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+            for buffer in model.buffers():  # average thresholds, each rank's own until here
+                dist.all_reduce(buffer)
+                buffer /= world
+        optimizer.found_inf = bad
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        flops += flops_per_token * tokens_per_step
+
+        values = torch.cat([values[1:], grad_norm[None]])
+        meter = meter if len(meter) else torch.zeros_like(values)
+        meter = torch.where(bad > 0, meter, meter + values)
+        counts = torch.stack([counts[0] + 1 - bad, (counts[1] + 1) * bad, counts[2] + bad])
+
+        signals = torch.tensor(stop["signal"])
+        if world > 1:
+            dist.all_reduce(signals, dist.ReduceOp.MAX)  # on the CPU: no waiting for the device
+        stopped, last = int(signals), step == cfg.max_steps
+
+        # -- log
+        metrics, val_loss = {}, None
+        if step == 1 or step % cfg.log_interval == 0 or last:
+            means = meter / counts[0]
+            if world > 1:
+                dist.all_reduce(means)
+            *means, _, bad_in_a_row, bad_steps = torch.cat([means / world, counts]).tolist()  # waits for the device
+            now = time.perf_counter()
+            tokens_per_s = (step - logged) * tokens_per_step / (now - clock)
+            metrics = dict(zip([*losses, *stats, "grad_norm"], means, strict=True))
+            metrics |= {"train/perplexity": perplexity(metrics["train/loss"])}
+            metrics |= {f"lr/{kind}": scale * rate for kind, rate in rates.items()}
+            metrics |= {"bad_steps": bad_steps, "tokens_per_s": tokens_per_s}
+            line = f"loss {metrics['train/loss']:.4f}, {tokens_per_s:,.0f} tokens/s"
+            if peak:
+                metrics["mfu"] = tokens_per_s * flops_per_token / (peak * world)
+                line += f", MFU {metrics['mfu']:.1%}"
+            bar.set_postfix_str(line, refresh=False)
+            if bar.disable:
+                left = tqdm.format_interval((cfg.max_steps - step) * tokens_per_step / tokens_per_s)
+                say(f"step {step}/{cfg.max_steps}: {line}, {left} left")
+            hopeless = bad_in_a_row >= cfg.max_bad_steps
+            meter, logged, clock = torch.zeros_like(meter), step, now
+            counts[0] = 0
+        bar.update()
+
+        # -- evaluate and save, with the clock stopped
+        due_eval = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
+        due_save = cfg.save_interval and step % cfg.save_interval == 0
+        if gpu and (due_eval or due_save):
+            torch.cuda.synchronize()
+        paused = time.perf_counter()
+        if due_eval:
+            metrics |= validate()
+        if metrics:
+            record(metrics)
+        if due_save:
+            save()
+        clock += time.perf_counter() - paused
+
+    # -- the end, or a stop on the way
+    bar.close()
+    new = step != saved_step
+    if new:
+        save()
+    if rank == 0 and step != saved_step:
+        raise CheckpointError(f"step {step} is not saved in {out_dir}: make room and go on with --resume=auto")
+    path = out_dir / f"step_{step:07d}"
+    if hopeless:
+        raise TrainError(
+            f"no finite loss and gradient in {cfg.max_bad_steps} steps up to step {step}: they changed nothing, the "
+            f"weights before them are in {path}; lower the rates, or look at the data"
+        )
+    if rank == 0 and step == cfg.max_steps and (new or not (out_dir / "final_model").exists()):
+        with checkpoint.written_whole(out_dir / "final_model") as partial:
+            checkpoint.write_model(model, partial, cfg.data_dir)
+        say(f"done: {out_dir / 'final_model'}")
+    elif step == cfg.max_steps:
+        say(f"the run in {out_dir} is complete: a larger --max_steps goes on")
+    else:
+        say(f"{signal.Signals(stopped).name}: stopped and saved in {path}; --resume=auto goes on")
+    if wandb_run:
+        wandb_run.finish()
+    if world > 1:
+        dist.barrier()  # no rank leaves while the main one still writes
+        dist.destroy_process_group()
+    if stopped == signal.SIGTERM and step < cfg.max_steps:
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    cli(main, CheckpointError, DataError, ModelError, TrainError)
