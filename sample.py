@@ -275,7 +275,7 @@ def save_figure(fig, *paths: str):
             fig.savefig(temporary, format=os.path.splitext(path)[1][1:] or "png")
 
 
-def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.Tensor]], columns: int = 100):
+def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.Tensor]], colours=COLOURS[1:]):
     """A figure of the running text with a strip under it for every routed layer, filled where the token entered.
 
     groups: {name: {layer: (T) bool}}, for instance one per architecture, over the same T tokens.
@@ -283,6 +283,7 @@ def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.
     import matplotlib
     from matplotlib.figure import Figure
 
+    columns = 100  # characters of a row
     rows, x = [[]], 0  # a row: (token, x, width), in characters
     labels = [visible(text).replace("\n", "") for text in texts[:MAP_TOKENS]]
     labels = [label if len(label) <= 14 else label[:13] + "…" for label in labels]
@@ -307,7 +308,7 @@ def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.
                 ax.text(x + width / 2, top + 0.4, labels[t], family="monospace", ha="center", va="center", fontsize=11)
             for s, (name, layer, mask, g) in enumerate(strips):
                 y = top + 1.0 + 0.62 * s + 0.25 * g
-                colour = COLOURS[(g + 1) % len(COLOURS)]
+                colour = colours[g % len(colours)]
                 faces = [colour if mask[t] else SKIPPED for t, _, _ in row]
                 spans = [(x + 0.06, width - 0.12) for _, x, width in row]
                 ax.broken_barh(spans, (y, 0.52), facecolors=faces, linewidth=0)
