@@ -13,7 +13,7 @@ Sources: Qwen2.5 report for the block; Raposo et al. 2024 (arXiv 2404.02258) for
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -648,8 +648,7 @@ class Transformer(nn.Module):
 
     def set_capacity(self, capacity: float | list[float]):
         """Share of the tokens that every routed layer takes from now on, also what is saved; a list: one per layer."""
-        self.config.capacity = capacity
-        self.config.__post_init__()
+        self.config = replace(self.config, capacity=capacity)
         for layer, value in zip(self.routed, broadcast(capacity, len(self.routed)), strict=True):
             layer.capacity = value
 
@@ -737,7 +736,7 @@ class Transformer(nn.Module):
         """An empty KV cache for `batch` rows of at most `limit` tokens."""
         return Cache(self.config, batch, limit)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, input_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), lengths=None, pad_id=0
     ) -> torch.Tensor:
@@ -837,7 +836,7 @@ class Transformer(nn.Module):
         `loaded` and `initialized` on the result name the tensors of either kind. Raises ModelError for a model of another
         type or shape, unknown or missing tensors, and pickled weights.
         """
-        directory = find_model(directory_or_hub_id, revision)
+        directory = find_model(str(directory_or_hub_id), revision)
         config_path = os.path.join(directory, "config.json")
         try:
             with open(config_path, encoding="utf-8") as f:

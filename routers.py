@@ -152,7 +152,7 @@ def pack(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     hides from every valid query. Reads the counts back to the host: the one synchronisation of a causal forward's layer.
     """
     counts = mask.sum(1).tolist()
-    return torch.sort(~mask, dim=1, stable=True).indices[:, : max(counts)], counts
+    return torch.sort((~mask).int(), dim=1, stable=True).indices[:, : max(counts)], counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
