@@ -665,20 +665,18 @@ def draw_sweep(rows: list[dict], title: str, path: str):
     from matplotlib.figure import Figure
 
     trained, *swept = rows
+    grey = {"textcoords": "offset points", "fontsize": 7.5, "color": "#555555", "ha": "center"}
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(8.4, 3.4), layout="constrained")
         left, right = fig.subplots(1, 2)
-        for ax, x, y in ((left, "flops_per_token", "loss"), (right, "selected", "decode_tokens_per_s")):
-            scale = 1e-6 if x == "flops_per_token" else 1
-            ax.plot([scale * row[x] for row in swept], [row[y] for row in swept], "o-", color=COLOURS[1], markersize=4)
-            ax.plot(scale * trained[x], trained[y], "D", color=COLOURS[2], markersize=6, label="as trained")
+        for ax, x, y, unit in ((left, "flops_per_token", "loss", 1e6), (right, "selected", "decode_tokens_per_s", 1)):
+            ax.plot([row[x] / unit for row in swept], [row[y] for row in swept], "o-", color=COLOURS[1], markersize=4)
+            ax.plot(trained[x] / unit, trained[y], "D", color=COLOURS[2], markersize=6, clip_on=False)
+            ax.annotate("as trained", (trained[x] / unit, trained[y]), (0, -13), **grey | {"color": COLOURS[2]})
             for row in swept:
-                at = scale * row[x], row[y]
-                ax.annotate(
-                    f"{row['capacity']:g}", at, (4, 5), textcoords="offset points", fontsize=7.5, color="#555555"
-                )
-            ax.legend()
-        left.set(xlabel="MFLOPs per token", ylabel="loss, nats per token", title=f"{title}: calibrated capacities")
+                ax.annotate(f"{row['capacity']:g}", (row[x] / unit, row[y]), (0, 6), **grey)
+            ax.margins(0.06, 0.14)
+        left.set(xlabel="MFLOPs per token", ylabel="loss, nats per token", title=f"{title} at calibrated capacities")
         right.set(
             xlabel="share of tokens that routed blocks take", ylabel="tokens per second, batch 1", title="Decoding"
         )
@@ -814,7 +812,8 @@ def evaluate(cfg: BenchConfig, model, tokenizer, manager, tasks: dict, path: str
     os.environ["HF_ALLOW_CODE_EVAL"] = str(int(cfg.allow_code_execution))
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     settings = {"routing": cfg.routing, "limit": cfg.limit, "dtype": str(model.head_weight.dtype), "done": []}
     settings |= {"weights": digest.hexdigest(), "lm_eval": importlib.metadata.version("lm_eval")}
     keys = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks")
