@@ -1,0 +1,691 @@
+"""Text sources -> token files.
+
+    python prepare.py                                                   the text of Python's own standard library
+    python prepare.py --input=book.txt                                  a file, or several: --input=a.jsonl,folder
+    python prepare.py --input=rows.jsonl --text_key=content --tokenizer=Qwen/Qwen2.5-0.5B
+    python prepare.py config/mixture.py                                 data sets of the Hugging Face hub
+    python prepare.py config/mixture.py --shard=0/4                     a quarter of it; the last machine merges
+
+A source is cut into units of work (some local files, or one file of a data set). Each is read, encoded by all cores and
+sealed by itself: its token files get their names when they are whole and on disk, and a record of them is written to
+sealed/. The manifest comes last. So a killed run starts again at the unit where it stopped and ends with the same
+bytes, several machines can share the units, and another mixture of the same sources only writes a manifest.
+"""
+
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import string
+import sysconfig
+import threading
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import ConfigError, cli, configure, convert
+from data import SPLITS, VERSION, DataError
+
+EOT = "<|endoftext|>"
+TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
+LONG, CUT = 1 << 18, 1 << 14  # bytes: a text file over LONG is cut into documents of about CUT
+BATCH = 1 << 20  # characters that a process encodes at a time
+UNIT = 1 << 28  # bytes of local files in a unit
+SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
+RETRIES = 4  # attempts to read a unit of a data set, seconds apart: 1, 4, 16
+ALIASES = {  # data sets that have moved: id -> (id, text, why)
+    "storytracer/US-PD-Books": ("sedthh/gutenberg_english", "TEXT", "its texts are gone from the hub"),
+}
+
+# GPT-2's pattern, which `ByteLevel(use_regex=True)` stands for, and Qwen2's, which our own tokenizers get
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Most text, which NFC leaves as it is: no combining marks, nothing composed of two characters
+INERT = re.compile("[\0-\u02ff\u2010-\u2027\u20ac]*").fullmatch
+
+
+@dataclass
+class PrepareConfig:
+    input: list[str] = field(default_factory=list)  # .txt .md .py .jsonl .parquet or folders (none: standard library)
+    text_key: str = "text"  # column of .jsonl and .parquet, or a template over columns: "{title}: {body}"
+    tokenizer: str | None = None  # folder, tokenizer.json or hub id (none: a byte-level BPE is trained on the text)
+    vocab_size: int = 4096  # of the BPE that is trained
+    out_dir: str | None = None  # where the token files go (none: data/<name of the first source>)
+    val_fraction: float = 0.05  # share of the documents held out, where a source has no validation split
+    num_proc: int | None = None  # processes that encode (none: one per core)
+    shard: str = "0/1"  # i/n, i from 0: do only the i-th of n shares of the work
+    sources: list[dict] = field(default_factory=list)  # instead of input: see Source
+
+
+@dataclass
+class Source:
+    id: str = ""  # data set on the hub
+    input: list[str] = field(default_factory=list)  # or local files and folders
+    name: str = ""  # of its token files (none: from id or input)
+    subset: str | None = None  # configuration of the data set
+    split: str = "train"  # split that is trained on
+    val_split: str | None = None  # split for validation (none: val_fraction of the documents)
+    text: str = "text"  # column, or a template over columns
+    join: str | None = None  # regular expression: a row that matches begins a document (none: every row is one)
+    share: float = 1.0  # part of `split` that is taken: the first rows of each of its files
+    weight: float | None = None  # part of the training stream, relative to the others (none: its million tokens)
+    revision: str | None = None  # commit, tag or branch (none: the newest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: which units of work there are, and the documents of one
+
+
+def standard_library():
+    """The Python files of the running interpreter's own library, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts[:-1])]
+
+
+def local_units(paths):
+    """Units of local files in a fixed order: {"files": [[path, bytes, mtime]]}; raises DataError for what can't be."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT + ROWS and p.is_file()]
+            files += [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        elif not path.is_file():
+            raise DataError(f"input {str(path)!r} is no file or folder")
+        elif path.suffix not in TEXT + ROWS:
+            raise DataError(f"input {str(path)!r}: the extension is not one of {' '.join(TEXT + ROWS)}")
+        else:
+            files.append(path)
+    if not files:
+        raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {', '.join(map(repr, map(str, paths)))}")
+    units, room = [], 0
+    for path in files:
+        stat = path.stat()
+        if room < stat.st_size or not units:
+            units.append({"split": None, "number": len(units), "files": []})
+            room = UNIT
+        units[-1]["files"].append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        room -= stat.st_size
+    return units
+
+
+def render(row, text, where):
+    """The text of a row: its column `text`, or the template `text` over its columns. Raises DataError naming `where`."""
+    try:
+        value = text.format_map(row) if "{" in text else row[text]
+    except (KeyError, ValueError, IndexError, AttributeError) as e:
+        raise DataError(f"{where}: no column {e}, only {', '.join(map(str, row))}: set text_key") from None
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {text!r} is {type(value).__name__}, not text: set text_key to one of {', '.join(row)}"
+        )
+    return value
+
+
+def columns(text):
+    return sorted({name for _, name, _, _ in string.Formatter().parse(text) if name}) if "{" in text else [text]
+
+
+def decode(raw, path, offset):
+    """Bytes at `offset` of a file as text; DataError with the offset of the byte that is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{path}: byte {offset + e.start} is not UTF-8: convert the file, for instance with iconv"
+        ) from None
+
+
+def read_text(path):
+    """(document, bytes read so far) of a text file: all of it, or pieces of about CUT bytes cut at line ends."""
+    with open(path, "rb") as f:
+        whole, offset = os.fstat(f.fileno()).st_size <= LONG, 0
+        while raw := f.read(LONG + 1 if whole else CUT):
+            if not whole:
+                raw += f.readline(CUT)
+                for _ in range(3):  # a line without end: at least leave no character in two
+                    if f.peek(1)[:1] and f.peek(1)[0] & 0xC0 == 0x80:
+                        raw += f.read(1)
+            yield decode(raw, path, offset), offset + len(raw)
+            offset += len(raw)
+
+
+def read_jsonl(path, text):
+    offset = 0
+    with open(path, "rb") as f:
+        for number, raw in enumerate(f, 1):
+            line = decode(raw, path, offset)
+            offset += len(raw)
+            if line.isspace():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{where}: not JSON: {e}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a {type(row).__name__}, not an object with a key {text!r}")
+            document = render(row, text, where)
+            try:
+                document.encode()
+            except UnicodeEncodeError as e:
+                raise DataError(f"{where}: character {e.start} is a lone surrogate, which is no text") from None
+            yield document, offset
+
+
+def read_parquet(path, text):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names, rows, done = file.schema_arrow.names, file.metadata.num_rows, 0
+        if missing := [name for name in columns(text) if name not in names]:
+            raise DataError(f"{path}: no column {missing[0]!r}, only {', '.join(names)}: set text_key")
+        for batch in file.iter_batches(256, columns=columns(text)):
+            for row in batch.to_pylist():
+                done += 1
+                yield render(row, text, f"{path}, row {done}"), os.path.getsize(path) * done // rows
+    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not a readable parquet file: {e}") from None
+
+
+def read_unit(source, unit):
+    """The documents of a unit as (text, done): done is the fraction of the unit read so far."""
+    size, before = sum(size for _, size, _ in unit["files"]) or 1, 0
+    for path, bytes_here, _ in unit["files"]:
+        reader = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(path).suffix)
+        for text, position in reader(path, source.text) if reader else read_text(path):
+            yield text, (before + position) / size
+        before += bytes_here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE with Qwen2's normaliser and pattern (so that transformers opens it alike); its JSON as bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def find_tokenizer(name):
+    """(tokenizer.json, tokenizer_config.json or None) as bytes, from a folder, a file or the hub."""
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    beside = path.with_name("tokenizer_config.json")
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(name, "tokenizer.json"))
+            beside = Path(hf_hub_download(name, "tokenizer_config.json"))
+        except EntryNotFoundError:  # of the second: a tokenizer needs no config
+            beside = Path()
+        except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
+            raise DataError(f"tokenizer {name!r}: no tokenizer.json there, and not on the hub: {e}") from None
+    return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
+
+
+def byte_alphabet():
+    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def tiktoken_parts(spec):
+    """(pattern, {bytes: id}) for tiktoken, from the dict of a tokenizer.json; None where it is another kind."""
+    model, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {}
+    match pre.get("pretokenizers", [pre]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = GPT2
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            pass
+        case _:
+            return None
+    others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model.get("type") != "BPE" or any(model.get(key) for key in others) or normalizer not in (None, {"type": "NFC"}):
+        return None
+    alphabet, added = byte_alphabet(), {token["content"] for token in spec.get("added_tokens", [])}
+    tokens = {token: i for token, i in model["vocab"].items() if token not in added}
+    if any(set(token) - alphabet.keys() for token in tokens) or not alphabet.keys() <= tokens.keys():
+        return None
+    return pattern, {bytes(alphabet[c] for c in token): i for token, i in tokens.items()}
+
+
+def merges_agree(model):
+    """Whether tiktoken joins as the BPE `model` of a tokenizer.json does.
+
+    tiktoken joins any two neighbours whose product is in the vocabulary, the lowest id first; `tokenizers` goes by its
+    list of merges. They agree when the merges stand in the order of their ids, all different, and every entry of the
+    vocabulary is what the merges make of its own bytes: a pair that tiktoken would join otherwise had, by then, gone
+    through the same joins inside that entry, and so must be a merge.
+    """
+    from tokenizers import models
+
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    products = [model["vocab"][a + b] for a, b in merges]
+    bpe, made = models.BPE(model["vocab"], merges), set(products)
+    return sorted(made) == products and all(
+        [part.id for part in bpe.tokenize(token)] == [i] for token, i in model["vocab"].items() if i in made
+    )
+
+
+def make_encoder(path, kind=None):
+    """encode(text) -> uint32 ids, exactly those of `tokenizers` with special tokens taken as the text they are.
+
+    Through tiktoken where the tokenizer can be expressed in it (several times as fast), else by `tokenizers` itself.
+    Returns (encode, kind), kind "tiktoken" or "tokenizers"; given an earlier answer, it is not checked again.
+    """
+    import tiktoken
+    from tokenizers import Tokenizer
+
+    tokenizer, spec = Tokenizer.from_file(str(path)), json.loads(Path(path).read_bytes())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+
+    def slow(text):
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    parts = tiktoken_parts(spec)
+    if kind == "tokenizers" or parts is None or not (kind or merges_agree(spec["model"])):
+        return slow, "tokenizers"
+    # One special token, never looked for: without any, tiktoken searches for the empty string, at every character
+    encoding = tiktoken.Encoding("", pat_str=parts[0], mergeable_ranks=parts[1], special_tokens={EOT: 2**31})
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else None
+    names = [re.escape(token["content"]) for token in spec.get("added_tokens", []) if not token["special"]]
+    added = re.compile("|".join(names)).search if names else lambda text: None
+
+    def fast(text):
+        plain = normalize(text) if normalize and not INERT(text) else text
+        if added(text) or added(plain):  # added, not special: `tokenizers` finds them in text
+            return slow(text)
+        try:
+            return encoding.encode_to_numpy(plain, disallowed_special=())
+        except ValueError:  # its regular expressions give up on a million spaces in a row
+            return slow(text)
+
+    # The two have regular expressions of their own: compare them on characters of every kind
+    probe = "".join(f"{chr(i)}a {chr(i)}1\n{chr(i)}" for i in [*range(0x3100), *range(0xE000, 0x110000, 61)])
+    same = kind or np.array_equal(fast(probe), slow(probe))
+    return (fast, "tiktoken") if same else (slow, "tokenizers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+def held_out(text, fraction):
+    """Whether a document belongs to validation: by a hash of its text, so the answer never changes."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def start_worker(tokenizer_path, kind, eot, dtype, val_fraction):
+    """Make this process an encoder. It ignores Ctrl-C (its parent decides) and ends when its parent is killed."""
+    global encode_batch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    encode, end = make_encoder(tokenizer_path, kind)[0], np.array([eot])
+
+    def encode_batch(split, texts):
+        ids = {name: [] for name in SPLITS}
+        for text in texts:
+            ids[split or ("val" if held_out(text, val_fraction) else "train")] += [encode(text), end]
+        return {name: (np.concatenate(a).astype(dtype).tobytes(), len(a) // 2) for name, a in ids.items() if a}
+
+
+def run_batch(split, texts):
+    """In a worker: {split: (its token files' bytes, its documents)} of `texts`; split None: by the hash of each."""
+    return encode_batch(split, texts)
+
+
+def batches(documents):
+    """Documents as lists of about BATCH characters, with the fraction of the unit that ends there. Empty ones go."""
+    texts, size, done = [], 0, 0.0
+    for text, done in documents:
+        if text:
+            texts.append(text)
+            size += len(text)
+        if size >= BATCH:
+            yield texts, done
+            texts, size = [], 0
+    yield texts, done
+
+
+def in_order(submit, items, ahead):
+    """(result of submit(texts), done) for (texts, done) in items, in their order, at most `ahead` of them in memory."""
+    waiting = deque()
+    for texts, done in items:
+        waiting.append((submit(texts), done))
+        if len(waiting) == ahead:
+            future, at = waiting.popleft()
+            yield future.result(), at
+    for future, at in waiting:
+        yield future.result(), at
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: every one appears under its name when it is whole and on disk
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def publish(partial_path, path):
+    sync(partial_path)
+    os.replace(partial_path, path)
+    sync(path.parent)
+
+
+def write_whole(path, content):
+    """Write bytes, or a dict as JSON, to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
+    publish(partial_path, path)
+
+
+class TokenFile:
+    """A token file in the making: it gets its name when it is whole and on disk, and is gone when it fails."""
+
+    def __init__(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.file, self.digest, self.bytes, self.documents = open(self.partial, "ab"), hashlib.sha256(), 0, 0  # noqa: SIM115
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with this process, however that ends
+        except BlockingIOError:
+            raise DataError(f"{path}: another prepare.py is writing it; wait for it to end") from None
+        self.file.truncate(0)
+
+    def write(self, raw, documents):
+        self.file.write(raw)
+        self.digest.update(raw)
+        self.bytes += len(raw)
+        self.documents += documents
+
+    def seal(self, width):
+        """Publish the file, if there is anything in it; its part of the manifest."""
+        tokens = self.bytes // width
+        part = {"tokens": tokens, "documents": self.documents, "files": []}
+        if tokens:
+            self.file.flush()
+            publish(self.partial, self.path)
+            name = f"{self.path.parent.name}/{self.path.name}"
+            part["files"].append({"name": name, "tokens": tokens, "sha256": self.digest.hexdigest()})
+        return part
+
+    def close(self):
+        self.partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk, which write() told of
+            self.file.close()
+
+
+def encode_unit(documents, paths, submit, ahead, width, report):
+    """Encode `documents` into the token files `paths` ({split: path}); their parts {split: part} of the manifest."""
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(closing(TokenFile(path))) for split, path in paths.items()}
+        try:
+            for encoded, done in in_order(submit, batches(documents), ahead):
+                for split, (raw, number) in encoded.items():
+                    files[split].write(raw, number)
+                report(done, sum(file.bytes for file in files.values()) // width)
+            empty = {"tokens": 0, "documents": 0, "files": []}
+            return {split: files[split].seal(width) if split in files else empty for split in SPLITS}
+        except OSError as e:
+            e.filename = e.filename or str(next(iter(paths.values())))  # a full disk does not say where
+            raise
+
+
+def sealed(record, out_dir, width):
+    """The parts {split: part} of a unit that was finished and whose files are there, else None."""
+    try:
+        parts = json.loads(record.read_bytes())
+        files = [file for split in SPLITS for file in parts[split]["files"]]
+        whole = all((out_dir / file["name"]).stat().st_size == file["tokens"] * width for file in files)
+        return parts if whole else None
+    except (OSError, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def read_sources(cfg):
+    """The list of Source of a run; raises ConfigError for one that cannot be."""
+    if not cfg.sources:
+        name = Path(cfg.input[0]).resolve().stem if cfg.input else "stdlib"
+        return [Source(input=cfg.input, name=re.sub(r"[^\w.-]", "_", name), text=cfg.text_key)]
+    if cfg.input:
+        raise ConfigError("input and sources are both set: choose one")
+    wanted, sources, problems = get_type_hints(Source), [], []
+    for number, given in enumerate(cfg.sources):
+        source = Source()
+        for key, value in given.items():
+            try:
+                setattr(source, key, convert(value, wanted[key]))
+            except KeyError:
+                near = difflib.get_close_matches(key, wanted, 1, 0)[0]
+                problems.append(f"sources[{number}]: unknown key {key!r}; did you mean {near}?")
+            except ValueError as e:
+                problems.append(f"sources[{number}]: {key}: {e}")
+        source.name = re.sub(r"[^\w.-]", "_", source.name or Path((source.input or ["source"])[0]).stem)
+        if not source.input:
+            problems.append(f"sources[{number}]: input is missing")
+        if source.name in [other.name for other in sources]:
+            problems.append(f"sources[{number}]: a second source named {source.name!r}")
+        if source.weight is not None and not 0 <= source.weight < float("inf"):
+            problems.append(f"sources[{number}]: weight={source.weight} is not a number from 0 on")
+        sources.append(source)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return sources
+
+
+def place_tokenizer(cfg, work, out_dir):
+    """Put a tokenizer into out_dir, unless it is there: the one asked for, or one trained on a sample of the text.
+
+    Returns (number of ids, id that ends a document: of <|endoftext|>, else the tokenizer's own eos_token).
+    """
+    from tokenizers import Tokenizer
+
+    path, note = out_dir / "tokenizer.json", out_dir / "sealed" / "tokenizer.json"
+    asked = f"tokenizer={cfg.tokenizer}" if cfg.tokenizer else f"a BPE of vocab_size={cfg.vocab_size}"
+    done = path.is_file() and note.is_file()
+    if done and (before := json.loads(note.read_bytes())) != asked:
+        raise DataError(f"{out_dir} was prepared with {before}, not {asked}: set another out_dir, or delete it")
+    if done or cfg.tokenizer:
+        spec, config = find_tokenizer(out_dir if done else cfg.tokenizer)
+    else:
+        print(f"training a byte-level BPE of {cfg.vocab_size:,} tokens", flush=True)
+        spec = train_tokenizer(sample(work, cfg.val_fraction), cfg.vocab_size)
+        config = b'{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}\n'
+    try:
+        vocab = Tokenizer.from_buffer(spec).get_vocab()
+        eos = json.loads(config or b"{}").get("eos_token")
+    except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
+        raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
+    eot = vocab.get(EOT, vocab.get(eos["content"] if isinstance(eos, dict) else eos))
+    if eot is None:
+        raise DataError(f"tokenizer {cfg.tokenizer!r} has no {EOT} and no eos_token in its config to end a document")
+    if not done:
+        if config:
+            write_whole(out_dir / "tokenizer_config.json", config)
+        write_whole(path, spec)
+        write_whole(note, asked)
+    return max(vocab.values()) + 1, eot
+
+
+def sample(work, val_fraction):
+    """Training documents from the beginning of every unit, about SAMPLE characters in all."""
+    work = [(source, unit) for source, unit in work if unit["split"] != "val"]
+    for source, unit in work:
+        left = SAMPLE // len(work)
+        for text, _ in read_unit(source, unit):
+            if unit["split"] or not held_out(text, val_fraction):
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def encode_all(todo, workers, out_dir, start, width):
+    """Encode and seal the units `todo`, [(source, unit, path of its record)], with a progress bar for each source."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, start)
+    try:
+        for name, group in groupby(todo, key=lambda job: job[0].name):
+            jobs, tokens, began = list(group), 0, time.monotonic()
+            look = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left{postfix}"
+            with tqdm(total=len(jobs), desc=name, bar_format=look, disable=None) as bar:
+                for i, (source, unit, record) in enumerate(jobs):
+
+                    def report(done, count, i=i, before=tokens, bar=bar, began=began):
+                        rate = (before + count) / (time.monotonic() - began)
+                        bar.set_postfix_str(f"{before + count:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+                        bar.update(i + done - bar.n)
+
+                    splits = [unit["split"]] if unit["split"] else SPLITS
+                    paths = {split: out_dir / split / f"{name}-{unit['number']:05d}.bin" for split in splits}
+                    submit = partial(pool.submit, run_batch, unit["split"])
+                    parts = encode_unit(read_unit(source, unit), paths, submit, 2 * workers, width, report)
+                    write_whole(record, parts)
+                    tokens += sum(part["tokens"] for part in parts.values())
+            seconds = time.monotonic() - began
+            print(f"{name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
+    except BrokenProcessPool:
+        raise DataError("an encoding process was killed: short of memory? a lower num_proc needs less") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def merge(jobs, out_dir, width):
+    """The `sources` of the manifest, from the records of all units; None where some are not finished."""
+    sources = {}
+    for source, _, record in jobs:
+        if (parts := sealed(record, out_dir, width)) is None:
+            return None
+        entry = sources.setdefault(source.name, {"weight": source.weight})
+        for split in SPLITS:
+            total = entry.setdefault(split, {"tokens": 0, "documents": 0, "files": []})
+            total["tokens"] += parts[split]["tokens"]
+            total["documents"] += parts[split]["documents"]
+            total["files"] += parts[split]["files"]
+    for name, entry in sources.items():
+        if not entry["train"]["tokens"]:
+            number = entry["val"]["documents"]
+            raise DataError(
+                f"source {name}: an empty corpus"
+                if not number
+                else f"source {name}: all {number} documents fell into validation: more text, or a lower val_fraction"
+            )
+        if entry["weight"] is None:
+            entry["weight"] = entry["train"]["tokens"] / 1e6
+    return sources
+
+
+def main(argv):
+    (settings,) = configure(__doc__, argv, PrepareConfig)
+    cfg, problems = PrepareConfig(**settings), []
+    if cfg.tokenizer and "vocab_size" in settings:
+        problems.append("tokenizer and vocab_size are both set: a given tokenizer has its own size")
+    if cfg.vocab_size <= 256:
+        problems.append(f"vocab_size={cfg.vocab_size}: 257 at least, the 256 bytes and {EOT}")
+    if not 0 <= cfg.val_fraction < 1:
+        problems.append(f"val_fraction={cfg.val_fraction}: from 0 to below 1")
+    if cfg.num_proc is not None and cfg.num_proc < 1:
+        problems.append(f"num_proc={cfg.num_proc}: 1 at least")
+    share = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
+    if not share or int(share[1]) >= int(share[2]):
+        problems.append(f"shard={cfg.shard!r}: i/n with i from 0 to n-1, as in 0/4")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+    sources = read_sources(cfg)
+    out_dir = Path(cfg.out_dir or f"data/{sources[0].name}")
+    work = [(source, unit) for source in sources for unit in local_units(source.input or standard_library())]
+    vocab_size, eot = place_tokenizer(cfg, work, out_dir)
+    dtype = "uint16" if vocab_size < 65_536 else "uint32"
+    width = np.dtype(dtype).itemsize
+
+    jobs, digest = [], hashlib.sha256((out_dir / "tokenizer.json").read_bytes()).hexdigest()
+    for source, unit in work:
+        made_from = [VERSION, digest, unit, source.text, source.join, unit["split"] or cfg.val_fraction]
+        key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        jobs.append((source, unit, out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"))
+    known = {record for *_, record in jobs}
+    for record in (record for source in sources for record in (out_dir / "sealed" / source.name).glob("*.json")):
+        if record not in known:
+            raise DataError(
+                f"{out_dir} holds {record.parent.name} from other text or settings: set another out_dir, or delete it"
+            )
+    todo = [job for job in jobs[int(share[1]) :: int(share[2])] if sealed(job[2], out_dir, width) is None]
+    if todo:
+        kind = make_encoder(out_dir / "tokenizer.json")[1]
+        workers = cfg.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        print(f"encoding with {kind} in {workers} processes", flush=True)
+        start = (str(out_dir / "tokenizer.json"), kind, eot, f"<u{width}", cfg.val_fraction)
+        encode_all(todo, workers, out_dir, start, width)
+
+    manifest_sources = merge(jobs, out_dir, width)
+    if manifest_sources is None:
+        print(f"{out_dir}: share {cfg.shard} is done; the last share, or a run without --shard, writes the manifest")
+        return
+    manifest = {
+        "version": VERSION,
+        "tokenizer": json.loads((out_dir / "sealed" / "tokenizer.json").read_bytes()),
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "eot_token": eot,
+        "sources": manifest_sources,
+    }
+    write_whole(out_dir / "manifest.json", manifest)
+    train, val = (sum(entry[split]["tokens"] for entry in manifest_sources.values()) for split in SPLITS)
+    print(f"{out_dir}: {train:,} tokens to train on, {val:,} for validation, of {vocab_size:,} kinds")
+    if not val and cfg.val_fraction:
+        print("no document fell into validation: prepare more text, or set a higher val_fraction")
+
+
+if __name__ == "__main__":
+    cli(main, DataError)
