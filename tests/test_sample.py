@@ -1,0 +1,359 @@
+"""Sampling and the views of what the router did, against direct calls of the model and the files as parsed by others."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROUTED, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import sample
+from configurator import cli
+from model import ModelError, Transformer
+
+TEXT = "def main(argv):\n    return 0\n\nclass Café:\n    print('naïve', 12.5) # 東京\n" * 3
+VOCABULARY = 300
+
+
+def small_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"special_tokens": [sample.EOT], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
+    return tokenizer
+
+
+TOKENIZER = small_tokenizer()
+
+
+def save_model(directory, architecture: str, seed: int = 0, **overrides) -> Transformer:
+    """A model directory with random weights and the tokenizer of these tests."""
+    model = small_model(architecture, seed, vocab_size=VOCABULARY, **overrides)
+    model.save_pretrained(str(directory))
+    TOKENIZER.save(str(directory / "tokenizer.json"))
+    return model
+
+
+def run(monkeypatch, capsys, *arguments):
+    """The script in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    try:
+        cli(sample.main, ModelError)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_token_texts_are_the_text(text):
+    ids = TOKENIZER.encode(text).ids
+    assert "".join(sample.token_texts(TOKENIZER, ids)) == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, VOCABULARY - 1)))
+def test_token_texts_of_any_ids_are_what_tokenizers_decodes(ids):
+    pieces = sample.token_texts(TOKENIZER, ids)
+    assert len(pieces) == len(ids)
+    if 0 not in ids:  # a special token among broken characters: tokenizers joins what lies around it
+        assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=False)
+
+
+def test_a_character_appears_with_its_last_byte():
+    kyoto = "京".encode()
+    names = [TOKENIZER.id_to_token(i) for i in range(VOCABULARY)]
+    byte_ids = [names.index(TOKENIZER.pre_tokenizer.pre_tokenize_str("京")[0][0][n]) for n in range(len(kyoto))]
+    assert sample.token_texts(TOKENIZER, byte_ids) == ["", "", "京"]
+    assert sample.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + sample.EOT]
+    assert sample.token_texts(TOKENIZER, [VOCABULARY + 5]) == ["\ufffd"]  # an id that only pads the vocabulary
+
+
+def test_special_tokens_in_a_text_stay_text(tmp_path):
+    save_model(tmp_path, "dense")
+    model, tokenizer = sample.open_model(str(tmp_path))
+    assert 0 not in sample.encode(model, tokenizer, f"a{sample.EOT}b")
+    assert sample.encode(model, tokenizer, "").tolist() == [0]  # an empty prompt starts a document
+
+
+def test_a_run_gives_its_final_model_else_its_newest_step(tmp_path):
+    for n, step in enumerate(("step_0000010", "step_0000200", "step_0000300.partial")):
+        save_model(tmp_path / step, "dense", seed=n)
+
+    def weight():
+        return sample.open_model(str(tmp_path))[0].head_weight
+
+    def saved(name):
+        return Transformer.from_pretrained(str(tmp_path / name)).head_weight
+
+    assert torch.equal(weight(), saved("step_0000200"))
+    save_model(tmp_path / "final_model", "dense", seed=9)
+    assert torch.equal(weight(), saved("final_model"))
+
+
+def test_continuations_end_with_the_end_of_text():
+    model = small_model("mod", vocab_size=VOCABULARY)
+    prompt = torch.tensor(TOKENIZER.encode("def main(").ids)
+    torch.manual_seed(1)
+    rows = model.generate(prompt.expand(40, -1), 60, stop_ids=(0,), temperature=1.5, pad_id=1)
+    torch.manual_seed(1)
+    sequences = sample.continuations(model, TOKENIZER, prompt, 60, 40, temperature=1.5)
+    stopped = 0
+    for row, ids in zip(rows.tolist(), sequences, strict=True):
+        new = row[len(prompt) :]
+        expected = new[: new.index(0) + 1] if 0 in new else new
+        assert ids.tolist() == prompt.tolist() + expected
+        stopped += 0 in new
+    assert 0 < stopped < 40  # both cases were seen
+
+
+# -- what the router did ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_trace_is_the_causal_forward(architecture):
+    model = small_model(architecture, vocab_size=VOCABULARY)
+    ids = torch.randint(1, VOCABULARY, (30,))
+    seen = sample.trace(model, ids)
+    with torch.no_grad():
+        out = model(ids[None], routing="causal", return_masks=True)
+        surprise = model(ids[None], routing="topk", return_masks=True).tokens
+    assert {i: m.tolist() for i, m in seen.masks.items()} == {i: m[0].tolist() for i, m in out.masks.items()}
+    assert seen.entered == [sum(int(m[0, t]) for m in out.masks.values()) for t in range(30)]
+    for i in out.masks:
+        assert torch.equal(seen.tokens[i]["causal_probability"], out.tokens[i]["causal_probability"][0])
+        if architecture != "mod":
+            source = surprise if architecture == "stt" else out.tokens
+            for name in ("S_CE", "S_CU", "G"):
+                assert torch.equal(seen.tokens[i][name], source[i][name][0])
+    expected = F.cross_entropy(out.logits[0, :-1], ids[1:], reduction="none")
+    assert torch.allclose(seen.loss[:-1], expected) and seen.loss[-1].isnan()
+
+
+def test_a_long_text_is_read_in_windows_that_overlap_by_half(monkeypatch):
+    monkeypatch.setattr(sample, "WINDOW", 16)
+    model = small_model("dtf", vocab_size=VOCABULARY)
+    ids = torch.randint(1, VOCABULARY, (37,))
+    seen = sample.trace(model, ids)
+    for t in range(37):
+        start = 0 if t < 16 else (t - 8) // 8 * 8  # windows start at 0, 8, 16, 24
+        with torch.no_grad():
+            out = model(ids[None, start : t + 1], routing="causal", return_masks=True)
+        assert [bool(m[t]) for m in seen.masks.values()] == [bool(m[0, -1]) for m in out.masks.values()]
+        for i in seen.tokens:
+            assert seen.tokens[i]["G"][t].item() == pytest.approx(out.tokens[i]["G"][0, -1].item(), rel=1e-4)
+        if t < 36:
+            expected = F.cross_entropy(out.logits[0, -1], ids[t + 1]).item()
+            assert seen.loss[t].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_painting_without_colour_writes_counts_under_the_tokens():
+    painted = sample.paint(["def", " f", "():", "\n", "\tx", "", "\x1b[2J"], [0, 1, 2, 3, 12, 1, 0], 12, colour=False)
+    assert painted.split("\n")[:4] == ["def f():⏎", "0··1·2··3", "⇥   x…␛[2J", "c····10···"]
+    assert painted.endswith("of 12; 23% of all entries taken")  # 19 of 84
+
+
+def test_painting_with_colour_is_the_text_in_ordered_shades():
+    painted = sample.paint(["a\n", "b", "\x1b[31m"], [0, 1, 3], 3, colour=True)
+    body, legend = painted.split("\n\n")
+    assert re.sub(r"\033\[[\d;]*m", "", body) == "a⏎\nb␛[31m"  # no escape of the text's own survives
+    backgrounds = [int(n) for n in re.findall(r"48;5;(\d+)", legend)]
+    assert [sample.SHADES.index(n) for n in backgrounds] == [0, 3, 5, 8]
+    assert [int(n) for n in re.findall(r"48;5;(\d+)", body.split("⏎")[0])] == backgrounds[:1]
+
+
+def test_routing_map_fills_what_entered():
+    texts = ["a very long token indeed", "$x_1$", "\n", "京", ""] * 60
+    masks = {"dtf": {1: torch.rand(300) < 0.3, 3: torch.rand(300) < 0.6}, "mod": {1: torch.rand(300) < 0.5}}
+    fig = sample.routing_map("$ title", texts, masks)
+    faces = [tuple(face) for bars in fig.axes[0].collections for face in bars.get_facecolors().tolist()]
+    assert len(faces) == 3 * 300
+    grey = (0.9019607843137255, 0.9019607843137255, 0.9019607843137255, 1.0)
+    assert faces.count(grey) == sum(int((~mask).sum()) for group in masks.values() for mask in group.values())
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&lt;\u2028@DATA@"
+
+
+class Scripts(html.parser.HTMLParser):
+    """The tags of a page, its title and the contents of its script elements."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.scripts, self.metas, self.title, self.inside = [], [], [], "", None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        self.tags.append(tag)
+        self.metas += [dict(attrs)] * (tag == "meta")
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+        if self.inside == "title":
+            self.title += data
+
+
+def hostile_page():
+    model = small_model("dtf", vocab_size=VOCABULARY)
+    ids = torch.tensor(TOKENIZER.encode(HOSTILE + "\n" + TEXT).ids)
+    texts = sample.token_texts(TOKENIZER, ids.tolist())
+    seen = sample.trace(model, ids)
+    return sample.page(HOSTILE, model.config, texts, ids.tolist(), seen), texts, ids, seen
+
+
+def test_page_holds_the_trace_and_runs_its_own_script_only():
+    page, texts, ids, seen = hostile_page()
+    parsed = Scripts(page)
+    data, script = parsed.scripts
+    assert parsed.tags.count("script") == 2 and "img" not in parsed.tags and parsed.title == HOSTILE
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert {"http-equiv", "content"} == set(parsed.metas[2])
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" == parsed.metas[2]["content"]
+    assert "//" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)  # nothing is fetched
+    data = json.loads(data)
+    assert re.sub("[⏎…]", "", "".join(data["texts"])) == "".join(texts)
+    assert data["ids"] == ids.tolist() and data["loss"][-1] is None
+    assert data["loss"][:-1] == pytest.approx(seen.loss[:-1].tolist(), abs=1e-4)
+    for layer in data["layers"]:
+        assert layer["mask"] == "".join("01"[int(m)] for m in seen.masks[layer["index"]])
+        for name in ("S_CE", "S_CU", "G", "causal_probability"):
+            assert layer[name] == pytest.approx(seen.tokens[layer["index"]][name].tolist(), abs=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here")
+def test_page_in_a_browser(tmp_path):
+    page, texts, _, seen = hostile_page()
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    browser = ["chromium", *options, (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(browser, check=False, capture_output=True, text=True, timeout=60).stdout
+    assert dom.count("data-i=") == len(texts)
+    assert Scripts(dom).title == HOSTILE  # the text's script did not run
+    darkest = round(100 * seen.entered.count(2) / len(texts))
+    assert f">2 ({darkest} %)</span>" in dom
+
+
+def test_page_of_a_dense_model():
+    model = small_model("dense", vocab_size=VOCABULARY)
+    ids = torch.randint(1, VOCABULARY, (1,))
+    page = sample.page("one token", model.config, ["x"], ids.tolist(), sample.trace(model, ids))
+    assert json.loads(Scripts(page).scripts[-2])["layers"] == []
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+
+
+def test_script_samples_shows_and_draws(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "run" / "final_model", "dtf")
+    views = ["--show_routing", f"--png={tmp_path}/new/map.png", f"--html={tmp_path}/new/page.html"]
+    keys = [f"--model_path={tmp_path}/run", "--max_new_tokens=20", "--num_samples=2", *views]
+    status, out, err = run(monkeypatch, capsys, *keys)
+    assert (status, err) == (0, "") and "\033" not in out
+    assert out.startswith("def main(") and out.count("-" * 80) == 1
+    new, seconds, rate = re.search(r"(\d+) tokens in ([\d.]+) s, ([\d,]+) tokens/s", out).groups()
+    assert int(new) <= 40 and float(rate.replace(",", "")) == pytest.approx(int(new) / float(seconds), rel=0.1)
+    from PIL import Image
+
+    colours = Image.open(tmp_path / "new" / "map.png").convert("RGB").getcolors(1 << 24)
+    assert {(0x00, 0x72, 0xB2), (0xE6, 0xE6, 0xE6)} <= {colour for _, colour in colours}
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["map.png", "page.html"]  # nothing half-written
+
+    def text(*more):
+        return run(monkeypatch, capsys, *keys[:3], *more)[1].split("\n\n")[0]
+
+    assert text("--seed=3") == text("--seed=3") != text("--seed=4")
+
+
+def test_script_looks_at_a_file(tmp_path, monkeypatch, capsys):
+    model = save_model(tmp_path, "mod")
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    keys = [f"--model_path={tmp_path}", f"--text={tmp_path}/text.txt", f"--html={tmp_path}/page.html"]
+    monkeypatch.setattr(sample, "VIEW_TOKENS", 50)
+    status, out, err = run(monkeypatch, capsys, *keys)
+    assert (status, out) == (0, f"page: {tmp_path}/page.html\n")
+    ids = TOKENIZER.encode(TEXT).ids
+    assert err == f"looking at the first 50 of {len(ids)} tokens\n"
+    data = json.loads(Scripts((tmp_path / "page.html").read_text(encoding="utf-8")).scripts[-2])
+    assert data["ids"] == ids[:50] and len(data["layers"]) == len(model.config.routed_layers)
+    (first, *_) = data["loss"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:50]]), routing="causal").logits[0, 0]
+    assert first == pytest.approx(-logits.log_softmax(-1)[ids[1]].item(), abs=1e-3) and not math.isnan(first)
+
+
+def test_script_on_a_dense_model_says_that_it_routes_nothing(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, "dense")
+    keys = [f"--model_path={tmp_path}", "--max_new_tokens=3", "--show_routing", f"--png={tmp_path}/map.png"]
+    status, _, err = run(monkeypatch, capsys, *keys)
+    assert status == 0 and "routes nothing" in err and not (tmp_path / "map.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_path={}/none/at/all"], "neither a directory nor a hub id"),
+        (["--model_path=out/never_trained"], "no model in out/never_trained: train one with"),
+        (["--model_path={}/empty"], "no model in"),
+        (["--model_path={}/bare"], "tokenizer.json is missing"),
+        (["--model_path={}/broken"], "broken/tokenizer.json is no tokenizer"),
+        (["--model_path={}/narrow"], "the model's vocabulary ends at 50"),
+        (["--temperature=-1"], "temperature=-1.0 must not be negative"),
+        (["--top_p=0"], "top_p=0.0 must lie in (0, 1]"),
+        (["--top_k=-1"], "top_k=-1 must not be negative"),
+        (["--num_samples=0"], "num_samples=0 must be at least 1"),
+        (["--max_new_tokens=many"], "--max_new_tokens: 'many' is not int"),
+        (["--promt=x"], "did you mean prompt?"),
+        (["--max_new_tokens=300"], "max_position_embeddings=256"),
+        (["--prompt=\udcff"], "is not valid UTF-8"),
+        (["--text={}/latin.txt"], "add --html=out.html or --show_routing"),
+        (["--text={}/latin.txt", "--html={}/out.html"], "latin.txt is not UTF-8: byte 3 is 0xe9"),
+        (["--text={}/no.txt", "--html={}/out.html"], "no.txt"),
+        (["--device=abacus"], "device='abacus' cannot be used"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    save_model(tmp_path, "dense")
+    save_model(tmp_path / "narrow", "dense")
+    small_model("dense", vocab_size=50).save_pretrained(str(tmp_path / "narrow"))
+    small_model("dense").save_pretrained(str(tmp_path / "bare"))
+    small_model("dense").save_pretrained(str(tmp_path / "broken"))
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    arguments = [f"--model_path={tmp_path}", *(argument.format(tmp_path) for argument in arguments)]
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_the_script_itself(tmp_path):
+    command = [sys.executable, "sample.py", f"--model_path={tmp_path}/nothing"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nothing" in done.stderr
