@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_sample import TEXT, TOKENIZER, VOCABULARY, save_model
 
 import plot
@@ -107,8 +108,6 @@ def test_curves_of_a_dense_run_have_no_router_panels(folder):
 
 
 def test_labels_keep_apart_and_inside():
-    from matplotlib.figure import Figure
-
     ax = Figure().add_subplot()
     ax.set_ylim(0, 10)
     plot.label_ends(
@@ -250,6 +249,7 @@ def test_script_writes_pictures_where_the_runs_are(folder, monkeypatch, capsys, 
     status, out, err = run(monkeypatch, capsys, folder / "mod")
     assert (status, err) == (0, "") and out == f"{folder}/mod/curves.png\n"
     assert is_picture(folder / "mod" / "curves.png") and is_picture(folder / "mod" / "curves.pdf")
+    monkeypatch.setattr(plot, "routing", lambda name, metrics, run, cfg: Figure(figsize=(1, 1)))
     status, out, err = run(monkeypatch, capsys, "routing", folder / "mod", folder / "stt", f"--out={tmp_path}/new")
     assert (status, err) == (0, "")
     names = [f"routed_tokens_{name}.{kind}" for name in ("mod", "stt") for kind in ("pdf", "png")]
