@@ -128,7 +128,8 @@ class TokenData:
 
     split="train": an endless stream. Every epoch of a source is a new permutation of its blocks, in which none repeats;
     the sources are interleaved by `weight` (`weights` = {source: weight} replaces the manifest's; 0 leaves one out).
-    split="val": the len() blocks of all sources once, in a fixed order, each prefix close to their proportions.
+    split="val": the len() blocks of all sources once, in an order that no seed changes, every prefix a fair sample: close
+    to the proportions of the sources, and from all over each of them.
     A source without a whole block in this split is left out.
 
     vocab_size, manifest;  tokens: how many this split holds;  len(): its blocks, the sequences of one epoch.
@@ -172,6 +173,7 @@ class TokenData:
             counts = np.maximum(1, np.round(PERIOD * share / share.sum())).astype(int)
         self.counts = counts if len(counts) > 1 or split == "val" else np.array([1])
         self.which, self.rank = interleave(self.counts)
+        seed = "val" if split == "val" else seed
         digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
         self.keys = np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
 
@@ -188,7 +190,6 @@ class TokenData:
                 raise DataError(
                     f"{self.data_dir}: the val split has {len(self):,} sequences of {self.seq_len}, no more"
                 )
-            return source, index
         for s in np.unique(source):
             mine, n = source == s, int(self.blocks[s])
             epoch, within = np.divmod(index[mine].astype(np.uint64), np.uint64(n))
