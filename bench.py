@@ -673,9 +673,9 @@ def draw_sweep(rows: list[dict], title: str, path: str):
             ax.plot([row[x] / unit for row in swept], [row[y] for row in swept], "o-", color=COLOURS[1], markersize=4)
             ax.plot(trained[x] / unit, trained[y], "D", color=COLOURS[2], markersize=6, clip_on=False)
             ax.annotate("as trained", (trained[x] / unit, trained[y]), (0, -13), **grey | {"color": COLOURS[2]})
-            for row in swept:
-                ax.annotate(f"{row['capacity']:g}", (row[x] / unit, row[y]), (0, 6), **grey)
             ax.margins(0.06, 0.14)
+        for row in swept:
+            left.annotate(f"{row['capacity']:g}", (row["flops_per_token"] / 1e6, row["loss"]), (0, 6), **grey)
         left.set(xlabel="MFLOPs per token", ylabel="loss, nats per token", title=f"{title} at calibrated capacities")
         right.set(
             xlabel="share of tokens that routed blocks take", ylabel="tokens per second, batch 1", title="Decoding"

@@ -1,0 +1,457 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ARCHITECTURES, ROUTED, random_ids, relative_error, small_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from configurator import ConfigError
+from data import DataError
+from model import ModelConfig, ModelError, Transformer
+
+ROOT = Path(bench.__file__).parent
+TEXT = (ROOT / "routers.py").read_text()
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[bench.EOT], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT], trainer)
+    return made
+
+
+def tiny(architecture):
+    return small_model(architecture, vocab_size=VOCAB, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    """{architecture: directory of a small model with its tokenizer}."""
+    made = {}
+    for name in ARCHITECTURES:
+        made[name] = str(tmp_path_factory.mktemp(name))
+        tiny(name).save_pretrained(made[name])
+        tokenizer.save(f"{made[name]}/tokenizer.json")
+    return made
+
+
+TASK = """
+task: tiny_{name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+num_fewshot: 0
+"""
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity}]
+""",
+    "generate": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: [" the", "zz"], max_gen_toks: 70, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    words = TEXT.split(" ")
+    docs = [
+        {
+            "question": " ".join(words[40 * n : 40 * n + 3 + 4 * n]),
+            "choices": [" " + " ".join(words[70 * n + c : 70 * n + 2 * c + 1]) for c in range(4)],
+            "answer": n % 4,
+            "text": TEXT[90 * n : 90 * n + 40 + 130 * n],
+        }
+        for n in range(6)
+    ]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    for name, rest in TASKS.items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=folder / "docs.jsonl") + rest)
+    return folder
+
+
+def requests_of(*arguments):
+    return [types.SimpleNamespace(args=args) for args in arguments]
+
+
+def our_lm(model, tokenizer, **settings):
+    return bench.lm_eval_model(model.eval(), tokenizer, bench.BenchConfig(model_path="x", tasks=["x"], **settings))
+
+
+def ask(lm):
+    """Answers to requests of every kind, short and long; some are longer than the 256 positions of the model."""
+    pairs = [(TEXT[7 * n : 16 * n], TEXT[16 * n : 17 * n + 3]) for n in range(7)] + [(TEXT[:1500], " end")]
+    texts = [(TEXT[50 * n : 50 * n + 5 + 400 * n],) for n in range(3)]
+    how = {"until": ["ee", "\n"], "max_gen_toks": 70, "do_sample": False}
+    prompts = [(TEXT[31 * n : 31 * n + 4 + 8 * n], how) for n in range(3)] + [(TEXT[:1500], how | {"until": []})]
+    kinds = (lm.loglikelihood, pairs), (lm.loglikelihood_rolling, texts), (lm.generate_until, prompts)
+    return [method(requests_of(*arguments)) for method, arguments in kinds]
+
+
+def assert_same(a, b, tolerance):
+    for (x, greedy), (y, greedy_too) in zip(a[0], b[0], strict=True):
+        assert x == pytest.approx(y, abs=tolerance) and greedy == greedy_too
+    assert a[1] == pytest.approx(b[1], rel=tolerance)
+    assert a[2] == b[2]
+
+
+def test_scores_and_generations_equal_hflm(folders, tokenizer):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    theirs = HFLM(
+        pretrained=Qwen2ForCausalLM.from_pretrained(folders["dense"]),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=bench.EOT, pad_token=bench.EOT),
+        batch_size=1,
+    )
+    ours = our_lm(Transformer.from_pretrained(folders["dense"]), tokenizer, batch_size=4)
+    expected = ask(theirs)
+    assert any(expected[2]) and len({greedy for _, greedy in expected[0]}) == 1
+    assert_same(ask(ours), expected, 1e-4)
+
+
+def test_a_greedy_continuation_is_recognised(folders, tokenizer):
+    ours = our_lm(Transformer.from_pretrained(folders["dense"]), tokenizer)
+    prompt = tokenizer.encode(TEXT[:40]).ids
+    ids = ours._loglikelihood_tokens([("", prompt, [n]) for n in range(VOCAB)])
+    likeliest = max(range(VOCAB), key=lambda n: ids[n][0])
+    assert [greedy for _, greedy in ids] == [n == likeliest for n in range(VOCAB)]
+    assert sum(math.exp(logprob) for logprob, _ in ids) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture, routing", [*((a, "causal") for a in ROUTED), ("mod", "topk")])
+def test_batch_size_order_and_padding_change_no_score(architecture, routing, tokenizer):
+    model = tiny(architecture)
+    alone = ask(our_lm(model, tokenizer, batch_size=1, routing=routing))
+    together = our_lm(model, tokenizer, batch_size=5, routing=routing)
+    assert_same(ask(together), alone, 1e-5)
+    pairs = [(TEXT[7 * n : 16 * n], TEXT[16 * n : 17 * n + 3]) for n in range(7)]
+    backwards = together.loglikelihood(requests_of(*pairs[::-1]))
+    assert [x for x, _ in backwards[::-1]] == pytest.approx([x for x, _ in alone[0][:7]], abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    """bench.main in this process: (the JSON line, everything printed before it, stderr)."""
+    bench.main(list(arguments))
+    out, err = capsys.readouterr()
+    lines = out.rstrip().splitlines()
+    return json.loads(lines[-1]), "\n".join(lines[:-1]), err
+
+
+def test_a_task_folder_is_run_saved_and_not_run_twice(folders, task_folder, tmp_path, capsys, monkeypatch):
+    import lm_eval
+
+    logged = {}
+    fake = types.SimpleNamespace(log=logged.update, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: fake))
+    path = str(tmp_path / "deep" / "results.json")
+    arguments = [f"--model_path={folders['mod']}", f"--tasks={task_folder}", "--limit=5", f"--output_path={path}"]
+    document, table, _ = run(capsys, *arguments, "--wandb_log")
+    assert set(document["results"]) == {"tiny_choice", "tiny_text", "tiny_generate"}
+    assert "±" in table and "causal routing" in table and "first 5 examples" in table
+    assert document["results"]["tiny_choice"]["sample_len"] == 5
+    assert logged["eval/tiny_choice/acc,none"] == document["results"]["tiny_choice"]["acc,none"]
+    assert json.loads(Path(path).read_text())["results"] == document["results"]
+    assert document["packages"]["lm_eval"] and document["config"]["limit"] == 5
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("run again")
+
+    monkeypatch.setattr(lm_eval, "evaluate", refuse)
+    again, _, err = run(capsys, *arguments)
+    assert again["results"] == document["results"] and err.count("done before") == 3
+    with pytest.raises(RuntimeError, match="run again"):  # other settings are another evaluation
+        bench.main([*arguments, "--routing=topk"])
+    with pytest.raises(RuntimeError, match="run again"):  # other weights, too
+        bench.main([*arguments, f"--model_path={folders['dtf']}"])
+
+
+def test_two_ranks_give_the_scores_of_one_and_name_what_is_missing(folders, task_folder, tmp_path, capsys):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for file in task_folder.glob("*.yaml"):
+        (tasks / file.name).write_text(file.read_text())
+    alone, _, _ = run(capsys, f"--model_path={folders['dtf']}", f"--tasks={tasks}", f"--output_path={tmp_path}/a")
+    far = TASK.format(name="far", file="x").replace("dataset_path: json", "dataset_path: nobody/no-such-data")
+    (tasks / "far.yaml").write_text(far + TASKS["choice"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["bench.py", f"--model_path={folders['dtf']}", f"--tasks={tasks}", f"--output_path={tmp_path}/b"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    named = [line for line in done.stderr.splitlines() if line.startswith("error: task")]
+    assert len(named) == 1 and "tiny_far" in named[0] and "nobody/no-such-data" in named[0]
+    both = json.loads((tmp_path / "b").read_text())["results"]
+    assert set(both) == set(alone["results"])
+    for task, found in alone["results"].items():
+        for metric, value in found.items():
+            assert both[task][metric] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+
+
+def test_topk_routing_says_that_it_looks_ahead(folders, task_folder, tmp_path, capsys):
+    arguments = [f"--model_path={folders['stt']}", f"--tasks={task_folder}", "--routing=topk", "--limit=1"]
+    _, table, _ = run(capsys, *arguments, f"--output_path={tmp_path}/r.json")
+    assert "top-k routing, which looks at the future" in table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_perplexity_is_that_of_each_token_behind_its_window(routing, folders, tokenizer, tmp_path, capsys):
+    """Against one forward pass per token (causal) or per window (top-k) of the model itself."""
+    (tmp_path / "text.txt").write_text(TEXT[:330])
+    document, _, _ = run(
+        capsys, f"--model_path={folders['mod']}", "--tasks=perplexity", f"--text={tmp_path}/text.txt",
+        "--seq_len=48", "--stride=20", "--batch_size=3",
+    )  # fmt: skip
+    model, ids = Transformer.from_pretrained(folders["mod"]), tokenizer.encode(TEXT[:330]).ids
+    fed = torch.tensor([0, *ids])
+    total, predicted = 0.0, 0
+    with torch.no_grad():
+        for end in [48, *range(68, len(ids) + 20, 20)]:
+            end = min(end, len(ids))
+            for t in range(predicted, end):
+                window = fed[max(0, end - 48) : t + 1 if routing == "causal" else end][None]
+                logits = model(window, routing=routing).logits[0, t - max(0, end - 48)]
+                total -= logits.log_softmax(-1)[ids[t]].item()
+            predicted = end
+    row = next(row for row in document["perplexity"] if row["routing"] == routing)
+    assert predicted == len(ids) == row["tokens"]
+    assert row["loss"] == pytest.approx(total / len(ids), rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(total / len(ids)), rel=1e-5)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT[:330].encode()), rel=1e-5)
+
+
+def token_folder(folder, documents, tokenizer):
+    """A token folder of one source, as prepare.py writes it; documents: its validation split."""
+    ids = np.array([i for text in documents for i in [*tokenizer.encode(text).ids, 0]], dtype="<u2")
+    (folder / "val").mkdir(parents=True)
+    ids.tofile(folder / "val" / "code-00000.bin")
+    val = {"tokens": len(ids), "documents": len(documents)}
+    val["files"] = [{"name": "val/code-00000.bin", "tokens": len(ids), "sha256": ""}]
+    train = {"tokens": 0, "documents": 0, "files": []}
+    source = {"weight": 1.0, "train": train, "val": val}
+    facts = {"version": 1, "tokenizer": "", "dtype": "uint16", "vocab_size": VOCAB, "eot_token": 0}
+    (folder / "manifest.json").write_text(json.dumps(facts | {"sources": {"code": source}}))
+    return len(ids)
+
+
+def test_a_token_folder_counts_the_bytes_of_its_text(folders, tokenizer, tmp_path, capsys):
+    documents = [TEXT[:300], "naïve Ω 雪\r\n" * 5, TEXT[900:1300]]
+    n = token_folder(tmp_path / "data", documents, tokenizer)
+    document, _, _ = run(
+        capsys, f"--model_path={folders['dense']}", "--tasks=perplexity", f"--text={tmp_path}/data", "--seq_len=64"
+    )
+    (row,) = document["perplexity"]  # dense: both routings are one
+    assert (row["tokens"], row["bytes"]) == (n, sum(len(text.encode()) for text in documents))
+
+
+def test_capacity_sweep(folders, tokenizer, tmp_path, capsys):
+    token_folder(tmp_path / "data", [TEXT], tokenizer)
+    before = {name: (Path(folders["dtf"]) / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    document, table, _ = run(
+        capsys, f"--model_path={folders['dtf']}", "--tasks=capacity", f"--text={tmp_path}/data", "--seq_len=64",
+        "--capacities=0.25,1,0.5", "--repeats=2", "--warmup=1", "--decode_steps=3",
+    )  # fmt: skip
+    trained, *swept = document["capacity"]
+    assert [row["capacity"] for row in swept] == [0.25, 0.5, 1.0] and trained["capacity"] is None
+    assert [row["selected"] for row in swept] == pytest.approx([0.25, 0.5, 1.0], abs=0.08)
+    model = Transformer.from_pretrained(folders["dtf"])
+    assert swept[-1]["flops_per_token"] == model.flops_per_token(64, capacity=1.0)
+    assert all(row["decode_tokens_per_s"] > 0 for row in document["capacity"])
+    assert (Path(folders["dtf"]) / "capacity.png").read_bytes().startswith(b"\x89PNG")
+    assert "as trained" in table
+    assert before == {name: (Path(folders["dtf"]) / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("decision", ["router", "threshold"])
+@pytest.mark.parametrize("capacity", [0.1, 0.5, 1.0])
+def test_calibrated_routers_select_the_share(decision, capacity):
+    model = small_model("dtf", causal_decision=decision, num_hidden_layers=6)
+    ids = random_ids(4, 50)
+    bench.calibrate(model, ids, capacity)
+    with torch.no_grad():
+        masks = model(ids, routing="causal", return_masks=True).masks
+    assert [mask.sum().item() for mask in masks.values()] == [200 * capacity] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_equal_those_that_torch_counts_on_a_real_step(architecture):
+    config = replace(small_model(architecture, capacity=0.4).config, vocab_size=500, prior_factor=0.5)
+    torch.manual_seed(0)
+    model, T = Transformer(config), 60
+    x, y = random_ids(1, T), random_ids(1, T)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # flash on CPU goes uncounted
+        out = model(x)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), y.flatten()) + sum(out.losses.values())
+        loss.backward()
+    real = counter.get_total_flops() / T
+    parts, counted = bench.count_flops(config, T)
+    assert counted == real
+    assert model.flops_per_token(T, training=True) == pytest.approx(real, rel=0.01)
+    detached = 4 * config.hidden_size * len(config.routed_layers)  # of causal routers: no input gradient
+    assert 3 * sum(parts.values()) - detached == pytest.approx(real, rel=1e-6)
+    assert parts["head"] == 2 * 32 * 500
+    router = {"dense": 0, "mod": 2 * (4 + 2) * 32, "dtf": 2 * 4 * 32, "stt": 2 * 4 * 32}[architecture]
+    assert parts["routers"] == router
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        bench.calibrate(model, x, 0.4)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, routing="causal")
+    assert model.flops_per_token(T) == pytest.approx(counter.get_total_flops() / T, rel=0.01)
+
+
+def test_decode_bytes():
+    """Closed forms: float32, d = 32, FFN 48, 8-wide heads (4, 2 for keys and values), 5 layers, vocabulary 97."""
+    block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16 + 3 * 32 * 48 + 2 * 32)
+    head, kv = 4 * (97 * 32 + 32), 2 * 16 * 4
+    dense = bench.decode_bytes(small_model("dense"), 3, 100, {}, {})
+    assert dense == head + 5 * block + 5 * 3 * 100 * kv
+    stt = bench.decode_bytes(small_model("stt"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
+    routers = 2 * 4 * (4 + 65)  # gate scalars and causal routers; the transition networks do not run
+    assert stt == head + 4.5 * block + routers + 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
+
+
+def test_the_peer_is_our_dense_model():
+    model = small_model("dense")
+    peer, ids = bench.Peer(model).eval(), random_ids(2, 30)
+    with torch.no_grad():
+        assert relative_error(peer(ids).logits, model(ids).logits) < 1e-5
+        loss = model(ids[:, :-1], ids[:, 1:]).loss
+        assert peer(ids, ids).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        said = []
+        for either in (model, peer):
+            cache = either.new_cache(2, 30)
+            steps = [either(ids[:, :20], routing="causal", cache=cache)]
+            steps += [either(ids[:, t : t + 1], routing="causal", cache=cache) for t in range(20, 30)]
+            said.append(torch.cat([step.logits for step in steps], 1))
+        assert said[0].shape == (2, 11, 97) and relative_error(said[1], said[0]) < 1e-5
+
+
+def test_speed_suite(tmp_path, capsys):
+    shape = "--hidden_size=32 --num_hidden_layers=4 --intermediate_size=64 --vocab_size=128 --capacity=0.25"
+    options = "--batch_size=2 --seq_len=32 --repeats=2 --warmup=0 --decode_steps=8 --size=demo"
+    document, table, _ = run(capsys, *shape.split(), *options.split(), f"--output_path={tmp_path}/speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text()) == document
+    rows = document["speed"]["rows"]
+    by = {(row["measure"], row["variant"]): row for row in rows}
+    assert set(by) == {(m, v) for m in bench.MEASURES for v in ("transformers", *ARCHITECTURES)}
+    for row in rows:
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(
+            {"decode1": 1, "decode8": 8}.get(row["measure"], 64)
+        )
+        if row["variant"] == "dense":
+            assert row["ratio"] == row["promised"] == row["efficiency"] == 1
+        elif row["variant"] != "transformers":
+            assert row["efficiency"] == pytest.approx(row["promised"] / row["ratio"])
+    models = {
+        a: Transformer(ModelConfig(architecture=a, vocab_size=128, hidden_size=32, num_hidden_layers=4,
+                                   intermediate_size=64, capacity=0.25))
+        for a in ARCHITECTURES
+    }  # fmt: skip
+    for a in ROUTED:
+        promised = models[a].flops_per_token(32, training=True) / models["dense"].flops_per_token(32, training=True)
+        assert by["train", a]["promised"] == pytest.approx(promised)
+        assert by["decode1", a]["promised"] < by["decode8", a]["promised"] < 1.1
+        memory = document["speed"]["memory"][a]
+        assert memory["causal_capacity"] == pytest.approx(0.25, abs=0.1)
+        share = memory["kv_bytes_per_token"] / document["speed"]["memory"]["dense"]["kv_bytes_per_token"]
+        assert share == pytest.approx((1 + memory["causal_capacity"]) / 2, rel=1e-6)
+    forward = {a: sum(bench.count_flops(models[a].config, 32)[0].values()) for a in ("stt", "dense")}
+    assert by["forward", "stt"]["promised"] == pytest.approx(forward["stt"] / forward["dense"])  # with its dense pass
+    kept = {name: m["activation_bytes"] for name, m in document["speed"]["memory"].items()}
+    assert kept["mod"] < 0.8 * kept["dense"]
+    assert "efficiency" in table and "n/a" in table
+
+
+def test_interleaved_turns_around_and_leaves_out_the_warm_up():
+    seen = []
+    cfg = bench.BenchConfig(repeats=2, warmup=1)
+    times = bench.interleaved({n: lambda n=n: seen.append(n) for n in "abc"}, cfg, torch.device("cpu"))
+    assert "".join(seen) in ("abccbaabc", "cbaabccba") and all(len(times[n]) == 2 for n in "abc")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ("--tasks=perplexity", ConfigError, "needs a trained model: --model_path"),
+        ("--tasks=code --model_path=x", ConfigError, "--allow_code_execution"),
+        ("--measure=trian", ConfigError, "measure='trian' is not one of train"),
+        ("--repeats=0 --routing=best", ConfigError, "repeats=0 must be at least 1; routing='best' is not one of"),
+        ("--stride=900", ConfigError, "stride=900 must lie between 1 and seq_len=512"),
+        ("--size=11M", ModelError, "size='11M' is not one of demo"),
+        ("--capacity=1.5", ModelError, "capacity=1.5 must lie in (0, 1]"),
+        ("--hiden_size=4", ConfigError, "did you mean hidden_size?"),
+        ("--model_path={dtf} --hidden_size=4", ConfigError, "has its own configuration: drop hidden_size"),
+        ("--model_path={dtf} --tasks=perplexity --text=no/such --seq_len=64", DataError, "no/such is no data folder"),
+        ("--model_path={dtf} --tasks=perplexity --seq_len=999", ConfigError, "max_position_embeddings=256"),
+        ("--model_path={dense} --tasks=capacity", ConfigError, "is dense: it has no capacity to sweep"),
+        ("--model_path={dtf} --tasks={empty}", ConfigError, "the folder holds no lm-eval task"),
+        ("--model_path={dtf} --seq_len=250", ConfigError, "lower seq_len, decode_steps or repeats"),
+        ("--model_path=/no/such", ModelError, "/no/such"),
+    ],
+)
+def test_bad_input(arguments, error, words, folders, tmp_path):
+    with pytest.raises(error, match=".*") as caught:
+        bench.main(arguments.format(**folders, empty=tmp_path).split())
+    assert words in str(caught.value)
+
+
+def test_an_unknown_task_names_the_nearest(monkeypatch):
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **how: types.SimpleNamespace(all_tasks=["hellaswag"]))
+    assert bench.find_tasks(["quick_test", "hellaswag"])[1] == {"truthfulqa_mc2": 0, "hellaswag": None}
+    with pytest.raises(ConfigError, match="tasks=helaswag is unknown; did you mean hellaswag?"):
+        bench.find_tasks(["quick_test", "helaswag"])
+
+
+def test_a_users_error_is_one_line_and_status_2():
+    arguments = [sys.executable, "bench.py", "--tasks=perplexity", "--model_path=no/such/model"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: no/such/model")
