@@ -242,20 +242,21 @@ def train_tokenizer(texts, vocab_size):
 
 def find_tokenizer(name):
     """(tokenizer.json, tokenizer_config.json or None) as bytes, from a folder, a file or the hub."""
-    path = Path(name)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
     beside = path.with_name("tokenizer_config.json")
     if not path.is_file():
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            path = Path(hf_hub_download(name, "tokenizer.json"))
-            beside = Path(hf_hub_download(name, "tokenizer_config.json"))
-        except EntryNotFoundError:  # of the second: a tokenizer needs no config
-            beside = Path()
+            path = Path(hf_hub_download(str(name), "tokenizer.json"))
+            with suppress(EntryNotFoundError):  # a tokenizer needs no config
+                beside = Path(hf_hub_download(str(name), "tokenizer_config.json"))
         except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
-            raise DataError(f"tokenizer {name!r}: no tokenizer.json there, and not on the hub: {e}") from None
+            reason = str(e).strip().split("\n")[0]
+            raise DataError(
+                f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub: {reason}"
+            ) from None
     return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
 
 
@@ -289,8 +290,8 @@ def tiktoken_parts(spec):
     return pattern, {bytes(alphabet[c] for c in token): i for token, i in tokens.items()}
 
 
-def merges_agree(model):
-    """Whether tiktoken joins as the BPE `model` of a tokenizer.json does.
+def merges_agree(model, ranks):
+    """Whether tiktoken with `ranks`, {bytes: id}, joins as the BPE `model` of a tokenizer.json does.
 
     tiktoken joins any two neighbours whose product is in the vocabulary, the lowest id first; `tokenizers` goes by its
     list of merges. They agree when the merges stand in the order of their ids, all different, and every entry of the
@@ -301,9 +302,9 @@ def merges_agree(model):
 
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     products = [model["vocab"][a + b] for a, b in merges]
-    bpe, made = models.BPE(model["vocab"], merges), set(products)
-    return sorted(made) == products and all(
-        [part.id for part in bpe.tokenize(token)] == [i] for token, i in model["vocab"].items() if i in made
+    bpe, words = models.BPE(model["vocab"], merges), {i: token for token, i in model["vocab"].items()}
+    return products == sorted(i for token, i in ranks.items() if len(token) > 1) and all(
+        [part.id for part in bpe.tokenize(words[i])] == [i] for i in products
     )
 
 
@@ -325,7 +326,7 @@ def make_encoder(path, kind=None):
         return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     parts = tiktoken_parts(spec)
-    if kind == "tokenizers" or parts is None or not (kind or merges_agree(spec["model"])):
+    if kind == "tokenizers" or parts is None or not (kind or merges_agree(spec["model"], parts[1])):
         return slow, "tokenizers"
     # One special token, never looked for: without any, tiktoken searches for the empty string, at every character
     encoding = tiktoken.Encoding("", pat_str=parts[0], mergeable_ranks=parts[1], special_tokens={EOT: 2**31})
