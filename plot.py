@@ -1,7 +1,7 @@
 """Pictures of training runs.
 
     python plot.py out/demo/dense out/demo/dtf     losses and the router's signals over steps, runs side by side
-    python plot.py report out/demo/*               report.md: a table, these curves, a routing map, a sample of each
+    python plot.py report out/demo/*/              report.md: a table, these curves, a routing map, a sample of each
     python plot.py routing out/demo/dtf            which tokens the router takes, on validation text
 
 A run is an out_dir of train.py. Pictures are written as PNG and PDF. Models are measured under causal routing.

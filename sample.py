@@ -31,7 +31,7 @@ from model import ModelError, Transformer, find_model, replacing
 EOT = "<|endoftext|>"  # ends a document: generation stops there, and an empty prompt starts behind one
 WINDOW = 1024  # tokens that a text is read in at a time
 VIEW_TOKENS = 20_000  # tokens that a browser still scrolls smoothly
-MAP_TOKENS = 2_000  # tokens of a routing map that a person still looks at
+MAP_LINES = 1_000  # height of a routing map, in lines of text, beyond which it is cut
 
 
 @dataclass
@@ -141,11 +141,12 @@ def continuations(model, tokenizer, prompt: torch.Tensor, n: int, count: int = 1
     how: temperature, top_k, top_p of `Transformer.generate`.
     """
     end = tokenizer.token_to_id(EOT)
+    end = -1 if end is None else end  # no token has the id −1
     prompts = prompt.to(model.head_weight.device).expand(count, -1)
-    ids = model.generate(prompts, n, stop_ids=() if end is None else (end,), **how)  # (count, T + n)
+    ids = model.generate(prompts, n, stop_ids=(end,), **how)  # (count, T + n)
     sequences = []
     for row in ids.cpu():
-        ends = (row[len(prompt) :] == end).nonzero() if end is not None else ()
+        ends = (row[len(prompt) :] == end).nonzero()
         sequences.append(row[: len(prompt) + int(ends[0]) + 1] if len(ends) else row)
     return sequences
 
@@ -168,10 +169,11 @@ class Trace:
 
 @torch.inference_mode()
 def trace(model, ids: torch.Tensor) -> Trace:
-    """What causal routing does to ids (T); everything returned is on the CPU. A text beyond the window is read in windows that overlap by half, and every
-    token is shown as the window saw it that gave it the longer past.
+    """What causal routing does to ids (T); everything returned is on the CPU.
 
-    STT computes no surprise at inference: its S_CE, S_CU and G are those of the training pass over the same text.
+    A text beyond the window is read in windows that overlap by half, and every token is shown as the window saw it that
+    gave it the longer past. STT computes no surprise at inference: its S_CE, S_CU and G are those of the
+    training pass over the same text.
     """
     size = min(WINDOW, model.config.max_position_embeddings)
     parts, done = [], 0
@@ -285,7 +287,7 @@ def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.
 
     columns = 100  # characters of a row
     rows, x = [[]], 0  # a row: (token, x, width), in characters
-    labels = [visible(text).replace("\n", "") for text in texts[:MAP_TOKENS]]
+    labels = [visible(text).replace("\n", "") for text in texts]
     labels = [label if len(label) <= 14 else label[:13] + "…" for label in labels]
     for t, label in enumerate(labels):
         if x + len(label) > columns:
@@ -296,6 +298,9 @@ def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.
     strips = [(name, layer, mask, g) for g, (name, masks) in enumerate(groups.items()) for layer, mask in masks.items()]
     margin = max(len(f"{name} {layer}") for name, layer, _, _ in strips) + 1
     pitch = 1.9 + 0.62 * len(strips) + 0.25 * (len(groups) - 1)  # of the rows, in lines of text
+    if pitch * len(rows) > MAP_LINES:
+        rows = rows[: max(1, int(MAP_LINES / pitch))]
+        title += f", the first {rows[-1][-1][0] + 1:,} of {len(texts):,} tokens"
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(0.1 * (columns + margin), 0.19 * (pitch * len(rows) + 1.6)))
         ax = fig.add_axes((0, 0, 1, 1))
@@ -324,17 +329,15 @@ def page(title: str, config, texts: list[str], ids: list[int], seen: Trace) -> s
     """One self-contained HTML page, shaded by compute. Nothing in it is fetched, and only its own script can run."""
 
     def numbers(t):
-        return [None if math.isnan(v) else round(v, 4) for v in t.tolist()]  # JSON knows no NaN
+        return [round(v, 4) if math.isfinite(v) else None for v in t.tolist()]  # JSON knows no NaN
 
-    layers = [
-        {"index": i, "mask": "".join(map(str, mask.int().tolist()))}
-        | {
-            name: numbers(values)
-            for name, values in seen.tokens[i].items()
-            if name != "score" or "G" not in seen.tokens[i]
-        }
-        for i, mask in seen.masks.items()
-    ]
+    layers = []
+    for i, mask in seen.masks.items():
+        names = (
+            ("causal_probability", "G", "S_CE", "S_CU") if "G" in seen.tokens[i] else ("causal_probability", "score")
+        )
+        details = {name: numbers(seen.tokens[i][name]) for name in names if name in seen.tokens[i]}
+        layers.append({"index": i, "mask": "".join(map(str, mask.int().tolist()))} | details)
     capacity = config.capacity if isinstance(config.capacity, list | tuple) else [config.capacity]
     facts = f"{config.architecture}, {config.num_hidden_layers} blocks, {len(layers)} of them routed"
     if layers:
@@ -398,7 +401,8 @@ main { font: 13.5px/1.75 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, mono
   overflow-wrap: anywhere; }
 main span { padding: 2px 0; box-shadow: inset -1px 0 #fff; }
 main span.at { outline: 2px solid #c00; outline-offset: 1px; }
-aside { border-left: 1px solid #ccc; padding-left: 18px; position: sticky; top: 150px; align-self: start; max-height: calc(100vh - 170px); overflow-y: auto; }
+aside { border-left: 1px solid #ccc; padding-left: 18px; position: sticky; top: calc(var(--header) + 14px);
+  align-self: start; max-height: calc(100vh - var(--header) - 28px); overflow-y: auto; }
 aside b { font: 600 15px ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; background: #eee;
   padding: 2px 5px; overflow-wrap: anywhere; }
 aside table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
@@ -428,6 +432,12 @@ const boxes = data.layers.map(layer => {
   label.append(` ${layer.index} (${Math.round(100 * share)} %)`);
   return box;
 });
+for (const [name, checked] of data.layers.length > 1 ? [["all", true], ["none", false]] : []) {
+  make("button", name, document.getElementById("layers")).onclick = () => {
+    for (const box of boxes) box.checked = checked;
+    shade();
+  };
+}
 function paint(e, share) {
   const light = 98 - 68 * share;
   e.style.background = `hsl(212 ${share ? 75 : 0}% ${light}%)`;
@@ -449,6 +459,11 @@ function shade() {
     paint(e, n ? k / n : 0);
   });
   make("em", `blocks entered, of ${n} counted (share of the tokens)`, legend);
+  resize();
+}
+function resize() {  // the details stay below the header, which stays in sight
+  const height = document.querySelector("header").offsetHeight;
+  document.documentElement.style.setProperty("--header", `${height}px`);
 }
 let at = null;
 function show(i) {
@@ -479,6 +494,7 @@ document.onkeydown = event => {
   show(Math.min(spans.length - 1, Math.max(0, (at === null ? -1 : at) + step)));
   spans[at].scrollIntoView({block: "nearest"});
 };
+window.onresize = resize;
 shade();
 """
 
@@ -531,8 +547,7 @@ def main(argv: list[str]):
     first = sequences[0]
     texts = token_texts(tokenizer, first.tolist())
     if cfg.show_routing and routed:
-        cut = f" (the first {MAP_TOKENS:,} tokens)" if len(texts) > MAP_TOKENS else ""
-        title = f"Tokens that entered each routed block{cut}"
+        title = "Tokens that entered each routed block (filled)"
         save_figure(routing_map(title, texts, {model.config.architecture: trace(model, first).masks}), cfg.png)
         print(f"token × layer map: {cfg.png}")
     elif cfg.show_routing:

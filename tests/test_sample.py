@@ -186,7 +186,16 @@ def test_routing_map_fills_what_entered():
     faces = [tuple(face) for bars in fig.axes[0].collections for face in bars.get_facecolors().tolist()]
     assert len(faces) == 3 * 300
     grey = (0.9019607843137255, 0.9019607843137255, 0.9019607843137255, 1.0)
+    assert fig.axes[0].texts[0].get_text() == "$ title"
     assert faces.count(grey) == sum(int((~mask).sum()) for group in masks.values() for mask in group.values())
+
+
+def test_routing_map_of_a_long_text_is_cut_and_says_so():
+    mask = {i: torch.ones(20_000, dtype=torch.bool) for i in range(1, 81, 2)}
+    fig = sample.routing_map("title", [" word"] * 20_000, {"dtf": mask})
+    drawn = len(fig.axes[0].collections[0].get_facecolors()) * len(fig.axes[0].collections) // 40
+    assert fig.axes[0].texts[0].get_text() == f"title, the first {drawn:,} of 20,000 tokens"
+    assert fig.get_figheight() * sample.STYLE["savefig.dpi"] < 1 << 16  # what matplotlib can draw
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
