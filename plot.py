@@ -82,17 +82,21 @@ def read_metrics(run: str) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def label_ends(ax, ends: list[tuple[float, str, str]], gap: float):
-    """Writes (y, label, colour) behind the right end of the curves, at least `gap` of the axis apart."""
+    """Writes (y, label, colour) behind the right end of the curves: as near to y as can be (least squares), but at least
+    `gap` of the axis apart and inside it.
+    """
     low, high = ax.get_ylim()
     ends = sorted(((y - low) / (high - low), label, colour) for y, label, colour in ends if math.isfinite(y))
-    places = []
-    for y, _, _ in ends:
-        places.append(max(y, places[-1] + gap) if places else y)
-    excess = sum(place - y for place, (y, _, _) in zip(places, ends, strict=True)) / max(len(ends), 1)
-    if ends:  # centred on the ends, within the axis
-        excess += max(0, places[-1] - excess - 1) or min(0, places[0] - excess)
-    for place, (_, label, colour) in zip(places, ends, strict=True):
-        ax.text(1.02, place - excess, label, color=colour, transform=ax.transAxes, va="center", fontsize=8.5)
+    stacks = []  # [mean of y − i·gap, labels]: isotonic regression, by pooling neighbours that are out of order
+    for i, (y, _, _) in enumerate(ends):
+        stacks.append((y - i * gap, 1))
+        while len(stacks) > 1 and stacks[-2][0] > stacks[-1][0]:
+            (a, n), (b, m) = stacks[-2:]
+            stacks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    places = [mean for mean, n in stacks for _ in range(n)]
+    for i, (place, (_, label, colour)) in enumerate(zip(places, ends, strict=True)):
+        y = min(max(place, 0), 1 - (len(ends) - 1) * gap) + i * gap
+        ax.text(1.02, y, label, color=colour, transform=ax.transAxes, va="center", fontsize=8.5)
 
 
 def colours(runs) -> list[str]:
