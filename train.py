@@ -255,7 +255,7 @@ def merge(saved, train_set, model_set):
         model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
         step, model_before = saved["step"], saved["config"]["model"]
     except (KeyError, TypeError) as e:
-        raise CheckpointError(f"state.json is not one of this program: {e}") from e
+        raise CheckpointError(f"state.json was written by another version of train.py: {e}") from e
     now, then = asdict(cfg), asdict(before)
     changed = [(name, then[name], now[name]) for name in FIXED if then[name] != now[name]]
     if cfg.batch_size * cfg.grad_accum_steps != before.batch_size * before.grad_accum_steps:
@@ -547,7 +547,8 @@ def main(argv):
         flops += flops_per_token * tokens_per_step
 
         values = torch.cat([values[1:], grad_norm[None]])
-        meter = meter if len(meter) else torch.zeros_like(values)
+        if len(meter) != len(values):  # the first step, or log_layers has changed
+            meter, counts[0] = torch.zeros_like(values), 0
         meter = torch.where(bad > 0, meter, meter + values)
         counts = torch.stack([counts[0] + 1 - bad, (counts[1] + 1) * bad, counts[2] + bad])
 

@@ -1,0 +1,631 @@
+"""The training loop: its numbers against independent ones, one run on any number of ranks, stopped, resumed, poisoned."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from configurator import ConfigError, configure
+from data import TokenData
+from model import ModelConfig, Transformer
+
+ARCHITECTURES = ("dense", "mod", "dtf", "stt")
+VOCAB, SEQ_LEN = 64, 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A token folder whose next token is one of four: about log 4 of loss to be reached, log 64 to start from."""
+    folder = tmp_path_factory.mktemp("data")
+    rng, source = np.random.default_rng(0), {"weight": 1.0}
+    for split, n in (("train", 40_000), ("val", 700)):
+        tokens = (np.cumsum(rng.choice([1, 1, 1, 2, 5], n)) % VOCAB).astype("<u2")
+        file = folder / split / "toy-00000.bin"
+        file.parent.mkdir()
+        tokens.tofile(file)
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        entry = {"name": f"{split}/toy-00000.bin", "tokens": n, "sha256": sha256}
+        source[split] = {"tokens": n, "documents": 1, "files": [entry]}
+    manifest = {"version": 1, "tokenizer": "toy", "dtype": "uint16", "vocab_size": VOCAB, "eot_token": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sources": {"toy": source}}))
+    (folder / "tokenizer.json").write_text('{"toy": true}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Model directories to start from. Their large weights keep scores well apart: near ties, a last bit decides."""
+    folder = tmp_path_factory.mktemp("start")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(1)
+        cfg = ModelConfig(architecture, VOCAB, num_hidden_layers=4, max_position_embeddings=64, **shape)
+        model = Transformer(cfg)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(5)
+        model.save_pretrained(folder / architecture)
+    return folder
+
+
+def common(data):
+    """9 steps; the checkpoint of step 4 lies between two lines of metrics."""
+    keys = {
+        "data_dir": data,
+        "device": "cpu",
+        "seq_len": SEQ_LEN,
+        "batch_size": 4,
+        "grad_accum_steps": 2,
+        "max_steps": 9,
+    }
+    keys |= {"log_interval": 3, "eval_interval": 6, "eval_batches": 3, "save_interval": 4, "lr_base": 3e-3}
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def runs(data, start, tmp_path_factory):
+    """A finished run of every architecture."""
+    folder = tmp_path_factory.mktemp("runs")
+    for architecture in ARCHITECTURES:
+        train.main([*common(data), f"--init_from={start / architecture}", f"--out_dir={folder / architecture}"])
+    return folder
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(run):
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu")} for line in metrics(run)]
+
+
+def assert_same_run(one, other):
+    """Equal metrics, weights and optimizer, to the bit; clock readings excepted."""
+    assert without_clock(one) == without_clock(other)
+    final = "final_model/model.safetensors"
+    assert (one / final).read_bytes() == (other / final).read_bytes()
+    last = max(one.glob("step_*")).name
+    states = [torch.load(run / last / "optimizer.pt", weights_only=True)["state"] for run in (one, other)]
+    for i, state in states[0].items():
+        assert all(torch.equal(state[key], states[1][i][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def cut_back(run, to, step):
+    """A copy of a finished run as it lay on disk at an earlier checkpoint, lines of metrics beyond it included."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "final_model")
+    for path in to.glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return to
+
+
+def mean_loss(model, batch, routing):
+    """Cross-entropy from the full logits, by torch's own function."""
+    ids, targets = batch
+    with torch.no_grad():
+        return F.cross_entropy(model(ids, routing=routing).logits.flatten(0, 1), targets.flatten()).item()
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_schedule():
+    scale = [train.lr_scale(step, 100, 0.1, 0.2) for step in range(101)]
+    assert scale[0] == 0.1 and scale[4] == 0.5 and scale[9] == scale[10] == 1  # linear warm-up over 10 steps
+    assert scale[55] == pytest.approx(0.6)  # half-way down the cosine: the mean of 1 and 0.2
+    assert scale[100] == pytest.approx(0.2) and sorted(scale[10:], reverse=True) == scale[10:]
+    assert train.lr_scale(0, 0, 0.1, 0.2) == 1 and train.lr_scale(3, 5, 0, 0.2) < 1
+    assert [train.lr_scale(step, 4, 1, 0.2) for step in range(4)] == [0.25, 0.5, 0.75, 1]  # warm-up as long as the run
+    assert train.lr_scale(4, 4, 1, 0.2) == 1
+
+
+def test_annealed_capacity():
+    values = [train.annealed(step, 1.0, 0.3, 50) for step in range(80)]
+    assert values[0] == 1.0 and values[50] == values[79] == 0.3 and sorted(values, reverse=True) == values
+    assert len(set(values)) == 8
+    assert train.annealed(25, 1.0, [0.3, 0.65], 50) == pytest.approx([1 - 0.7 * 4 / 7, 1 - 0.35 * 4 / 7])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_parameter_is_in_one_group_and_learns(architecture, start, runs):
+    model = Transformer.from_pretrained(start / architecture)
+    groups = train.param_groups(model, train.TrainConfig())
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    where = {id(p): group for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        kind = re.search(r"layers\.\d+\.(prior|transition|router|causal_router)\.", name)
+        kind = {None: "base", "transition": "prior"}.get(kind and kind[1], kind and kind[1])
+        assert where[id(p)]["name"] == kind, name
+        assert (where[id(p)]["weight_decay"] > 0) == (p.ndim > 1), name
+    trained = Transformer.from_pretrained(runs / architecture / "final_model").state_dict()
+    unchanged = [name for name, p in model.state_dict().items() if torch.equal(p, trained[name])]
+    assert not unchanged
+
+
+# -- what is logged ---------------------------------------------------------------------------------------------------
+
+TRAIN = {"train/loss", "train/perplexity", "grad_norm", "lr/base", "tokens_per_s", "bad_steps"}
+VAL = {"val/loss", "val/loss_causal", "val/perplexity", "val/perplexity_causal"}
+ROUTED = {"causal_loss", "causal_accuracy", "causal_capacity", "lr/causal_router", "lr/router"}
+SURPRISE = {"S_CE", "S_CU", "G_cont", "beta_ce", "beta_cu", "o_ce", "m_cu", "lr/prior"}
+EXPECTED = {
+    "dense": TRAIN,
+    "mod": TRAIN | ROUTED | {"mod_aux_loss", "mod_z_loss"},
+    "dtf": TRAIN | ROUTED | SURPRISE | {"prior_loss"},
+    "stt": TRAIN | ROUTED | SURPRISE | {"tpn_loss", "g_reg_loss"},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_metrics(architecture, runs, start, data):
+    lines = metrics(runs / architecture)
+    assert [line["step"] for line in lines] == [0, 1, 3, 6, 9]
+    for line in lines:
+        names = {"step", "tokens", "flops"} | (VAL if line["step"] in (0, 6, 9) else set())
+        assert set(line) == names | (EXPECTED[architecture] if line["step"] else set())
+
+    # losses, recomputed from the logits of the model before the first step and of the last one
+    first, last = (
+        Transformer.from_pretrained(path) for path in (start / architecture, runs / architecture / "final_model")
+    )
+    stream, val = (TokenData(data, split, SEQ_LEN) for split in ("train", "val"))
+    losses = [mean_loss(first, stream.batch(4 * m, 4), "topk") for m in range(2)]
+    assert lines[1]["train/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    for line, model in ((lines[0], first), (lines[-1], last)):
+        assert line["val/loss"] == pytest.approx(mean_loss(model, val.batch(0, 12), "topk"), rel=1e-6)
+        assert line["val/loss_causal"] == pytest.approx(mean_loss(model, val.batch(0, 12), "causal"), rel=1e-6)
+    assert lines[-1]["val/loss"] < lines[0]["val/loss"] - 0.3
+
+    line = lines[-1]
+    assert line["train/perplexity"] == pytest.approx(math.exp(line["train/loss"]))
+    assert line["val/perplexity_causal"] == pytest.approx(math.exp(line["val/loss_causal"]))
+    assert line["tokens"] == 9 * 2 * 4 * SEQ_LEN
+    assert line["flops"] == line["tokens"] * first.flops_per_token(SEQ_LEN, training=True)
+    decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 8 / 9))
+    assert line["lr/base"] == pytest.approx(3e-3 * decay)
+    if architecture != "dense":
+        assert line["lr/router"] == pytest.approx(1e-2 * decay)
+
+
+def test_layers_are_logged_when_asked(data, start, tmp_path):
+    train.main(
+        [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={tmp_path}", "--max_steps=1", "--log_layers"]
+    )
+    line = metrics(tmp_path)[-1]
+    for name in ("S_CE", "G_cont", "causal_accuracy", "o_ce"):
+        assert line[name] == pytest.approx((line[f"layer_1/{name}"] + line[f"layer_3/{name}"]) / 2, rel=1e-5)
+
+
+def test_final_model_and_checkpoints(runs):
+    for architecture in ARCHITECTURES:
+        names = sorted(path.name for path in (runs / architecture).iterdir())
+        assert names == ["final_model", "metrics.jsonl", "step_0000008", "step_0000009"]
+        assert (runs / architecture / "final_model" / "tokenizer.json").read_text() == '{"toy": true}'
+        state = json.loads((runs / architecture / "step_0000009" / "state.json").read_text())
+        val_losses = [line["val/loss"] for line in metrics(runs / architecture) if "val/loss" in line]
+        assert state["step"] == 9 and state["best_val_loss"] == min(val_losses) and state["val_loss"] == val_losses[-1]
+        assert state["config"]["model"]["architecture"] == architecture
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_resumed_run_is_the_undisturbed_one(architecture, runs, tmp_path):
+    """From step 8, between two lines of metrics, with nothing said but where."""
+    resumed = cut_back(runs / architecture, tmp_path / "run", 8)
+    train.main([f"--resume={resumed}"])
+    assert_same_run(runs / architecture, resumed)
+
+
+def test_random_numbers_annealing_and_damage_survive_a_resume(data, start, tmp_path, capsys):
+    """The random control (its noise goes on), an annealed capacity, scheduled betas; and a damaged last checkpoint."""
+    for name, keys in {
+        "mod": ["--router=random", "--capacity_start=1.0", "--capacity_anneal_steps=8", "--save_interval=2"],
+        "dtf": ["--beta_schedule=cosine", "--beta_ce_range=0.5,2", "--beta_cu_range=0.5,3", "--save_interval=2"],
+    }.items():
+        arguments = [*common(data), f"--init_from={start / name}", *keys]
+        if name == "mod":  # the control has no router of its own
+            torch.manual_seed(1)
+            shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+            Transformer(ModelConfig("mod", VOCAB, router="random", num_hidden_layers=4, **shape)).save_pretrained(
+                tmp_path / "random"
+            )
+            arguments[-5:] = [f"--init_from={tmp_path / 'random'}", *keys]
+        whole = tmp_path / name
+        train.main([*arguments, f"--out_dir={whole}", "--keep_last=9"])
+        resumed = cut_back(whole, tmp_path / f"{name}_resumed", 6)
+        damaged = resumed / "step_0000006" / "optimizer.pt"
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+        capsys.readouterr()
+        train.main([*arguments, f"--out_dir={resumed}", "--keep_last=9", "--resume=auto"])
+        err = capsys.readouterr().err
+        assert "step_0000006 is damaged: optimizer.pt" in err and "resumed from" in err and "step_0000004" in err
+        assert_same_run(whole, resumed)
+        config = json.loads((resumed / "final_model" / "config.json").read_text())
+        assert config["capacity"] == 0.5
+        if name == "dtf":
+            cosines = [0.5 * (1 + math.cos(math.pi * s / 9)) for s in (6, 7, 8)]  # of the last three steps
+            assert metrics(whole)[-1]["beta_ce"] == pytest.approx(2 - 1.5 * np.mean(cosines), rel=1e-5)
+            layer = Transformer.from_pretrained(whole / "final_model").routed[0].router
+            assert F.softplus(layer.beta_cu).item() == pytest.approx(3 - 2.5 * cosines[-1], rel=1e-5)
+
+
+def test_a_run_grows_and_an_early_step_starts_another_history(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "dense", run)
+    train.main([f"--resume={run}"])
+    assert "complete" in capsys.readouterr().err
+    assert_same_run(runs / "dense", run)
+    train.main([f"--resume={run}", "--max_steps=11"])
+    assert [line["step"] for line in metrics(run)] == [0, 1, 3, 6, 9, 11]
+    train.main([f"--resume={run / 'step_0000009'}", "--max_steps=10"])
+    assert [line["step"] for line in metrics(run)] == [0, 1, 3, 6, 9, 10]
+    assert (run / "step_0000011.abandoned").is_dir() and not (run / "step_0000011").exists()
+
+
+def test_other_micro_batches_read_the_same_sequences(data, start, tmp_path):
+    for name, keys in (
+        ("a", ["--batch_size=4", "--grad_accum_steps=2"]),
+        ("b", ["--batch_size=2", "--grad_accum_steps=4"]),
+    ):
+        train.main(
+            [*common(data), f"--init_from={start / 'dense'}", f"--out_dir={tmp_path / name}", *keys, "--max_steps=3"]
+        )
+    a, b = ([line["train/loss"] for line in metrics(tmp_path / name)[1:]] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-5)
+    # and a checkpoint of the one may go on as the other, for the tokens of a step are the same
+    train.main([f"--resume={tmp_path / 'a'}", "--batch_size=8", "--grad_accum_steps=1", "--max_steps=4"])
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import os, sys
+import train
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # several jobs in one process, each with a store of its own
+start, out_dir, *arguments = sys.argv[1:]
+for architecture in ("dense", "mod", "dtf", "stt"):
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    train.main([*arguments, f"--init_from={start}/{architecture}", f"--out_dir={out_dir}/{architecture}"])
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    if architecture == "dtf":
+        train.main([f"--resume={out_dir}/{architecture}/step_0000004", f"--out_dir={out_dir}/resumed"])
+"""
+
+
+def test_two_ranks_are_one(data, start, runs, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py"]
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command += [start, tmp_path, *common(data), "--keep_last=9"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for architecture in ARCHITECTURES:
+        for one, two in zip(without_clock(runs / architecture), without_clock(tmp_path / architecture), strict=True):
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                assert two[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (architecture, name, one["step"])
+    whole, resumed = without_clock(tmp_path / "dtf"), without_clock(tmp_path / "resumed")
+    assert resumed == [line for line in whole if line["step"] > 4]  # two ranks resumed are two ranks, to the bit
+
+
+# -- stopping, poison, a full disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_saves(number, status, runs, data, start, tmp_path, monkeypatch, capsys):
+    """The signal comes in step 5; what is resumed from there is the undisturbed run."""
+    calls, batch = [], TokenData.batch
+
+    def interrupting(self, first, count):
+        if self.split == "train" and first == 5 * 8 - 4:
+            calls.append(os.kill(os.getpid(), number))
+        return batch(self, first, count)
+
+    monkeypatch.setattr(TokenData, "batch", interrupting)
+    arguments = [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={tmp_path / 'run'}"]
+    try:
+        train.main(arguments)
+        ended = 0
+    except SystemExit as e:
+        ended = e.code
+    assert ended == status and len(calls) == 1
+    err = capsys.readouterr().err
+    assert f"{signal.Signals(number).name}: stopped and saved in" in err and "--resume=auto" in err
+    assert not (tmp_path / "run" / "final_model").exists()
+    monkeypatch.setattr(TokenData, "batch", batch)
+    train.main([*arguments, "--resume=auto"])
+    assert_same_run(runs / "dtf", tmp_path / "run")
+
+
+def test_a_second_interrupt_stops_at_once(data, start, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def interrupted_twice(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, as torchrun hands it on
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupted_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*common(data), f"--init_from={start / 'dense'}", f"--out_dir={tmp_path}"])
+
+
+def poison(monkeypatch, steps, what):
+    """Make the loss (or only the gradient) of these 0-based steps infinite or NaN; two micro-batches are a step."""
+    forward, calls = Transformer.forward, [0]
+
+    def poisoned(self, *arguments, **keys):
+        out = forward(self, *arguments, **keys)
+        if self.training:
+            if calls[0] // 2 in steps:
+                out.loss = (
+                    out.loss * what if what != "gradient" else out.loss + (self.model.norm.weight.sum() * 0).sqrt()
+                )
+            calls[0] += 1
+        return out
+
+    monkeypatch.setattr(Transformer, "forward", poisoned)
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, monkeypatch):
+    """Steps 0 and 1 are poisoned: no parameter moves, nothing is averaged in, and the run goes on learning."""
+    poison(monkeypatch, {0, 1}, what)
+    arguments = [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={tmp_path}", "--save_interval=2"]
+    train.main([*arguments, "--keep_last=9"])
+    before = Transformer.from_pretrained(start / "dtf").state_dict()
+    after = Transformer.from_pretrained(tmp_path / "step_0000002").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = {line["step"]: line for line in metrics(tmp_path)}
+    assert lines[1]["train/loss"] is None and lines[1]["bad_steps"] == 1 and lines[9]["bad_steps"] == 2
+    stream = TokenData(data, "train", SEQ_LEN)
+    model = Transformer.from_pretrained(start / "dtf")
+    third = np.mean([mean_loss(model, stream.batch(4 * m, 4), "topk") for m in (4, 5)])
+    assert lines[3]["train/loss"] == pytest.approx(third, rel=1e-6)  # the one good step of three
+    assert lines[9]["val/loss"] < lines[0]["val/loss"]
+
+
+def test_too_many_bad_steps_end_the_run(data, start, tmp_path, monkeypatch):
+    poison(monkeypatch, range(2, 99), math.nan)
+    arguments = [*common(data), f"--init_from={start / 'mod'}", f"--out_dir={tmp_path}", "--max_steps=60"]
+    with pytest.raises(train.TrainError, match="no finite loss and gradient in 5 steps .*step_0000009"):
+        train.main([*arguments, "--max_bad_steps=5", "--keep_last=9"])
+    states = [Transformer.from_pretrained(tmp_path / f"step_000000{n}").state_dict() for n in (4, 9)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # those before the poison
+
+
+def test_a_full_disk_is_not_the_end(runs, data, start, tmp_path, monkeypatch, capsys):
+    """The disk is full at step 4's checkpoint and has room again at step 6's evaluation."""
+    evaluate, (soft, hard) = train.evaluate, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limiting(*arguments):
+        limits.pop(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0], hard))
+        return evaluate(*arguments)
+
+    limits = [soft, 500, soft, soft]  # bytes of a file, from the evaluations of step 0, 6 and 9 on
+    monkeypatch.setattr(train, "evaluate", limiting)
+    try:
+        train.main([*common(data), f"--init_from={start / 'stt'}", f"--out_dir={tmp_path / 'run'}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert "warning: cannot write" in err and "step_0000004" in err and "the metrics wait in memory" in err
+    assert_same_run(runs / "stt", tmp_path / "run")
+
+    limits[:] = [soft, soft, soft, 500]
+    monkeypatch.setattr(train, "evaluate", limiting)
+    try:
+        with pytest.raises(train.CheckpointError, match="step 9 is not saved in .*: make room"):
+            train.main([*common(data), f"--init_from={start / 'stt'}", f"--out_dir={tmp_path / 'full'}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    train.main([f"--resume={tmp_path / 'full'}"])
+    assert_same_run(runs / "stt", tmp_path / "full")
+
+
+# -- W&B --------------------------------------------------------------------------------------------------------------
+
+
+def wandb_records(path):
+    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB of (crc32, length, type) and a piece of a record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, piece = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
+        piece += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, last
+            record = Record()
+            record.ParseFromString(piece)
+            yield record
+            piece = b""
+
+
+def test_wandb_holds_what_metrics_jsonl_holds(data, start, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keys = ["--wandb_log", "--wandb_project=surprise", "--wandb_entity=team", "--wandb_run_name=first"]
+    train.main([*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={tmp_path}", *keys])
+    wandb.teardown()  # its process has written everything when it is gone
+    history, config, runs = {}, {}, []
+    for record in wandb_records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
+        if record.HasField("run"):
+            runs.append(record.run)
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history[row.pop("_step")] = {k: v for k, v in row.items() if not k.startswith("_")}
+    assert {line.pop("step"): line for line in metrics(tmp_path)} == history
+    assert (runs[0].project, runs[0].entity, runs[0].display_name) == ("surprise", "team", "first")
+    assert config["architecture"] == "dtf" and config["hidden_size"] == 32 and config["seq_len"] == SEQ_LEN
+    state = json.loads((tmp_path / "step_0000009" / "state.json").read_text())
+    assert runs[0].run_id == state["wandb_id"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def script(monkeypatch, capsys, arguments):
+    """Run train.py as a script: (exit status, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    return status, capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(data, start, runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "typo.py").write_text("max_step = 3\n")
+    (tmp_path / "broken.py").write_text("max_steps = = 3\n")
+    altered = tmp_path / "altered"
+    shutil.copytree(data, altered)
+    manifest = json.loads((altered / "manifest.json").read_text())
+    (altered / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "another"}))
+    run = tmp_path / "run"
+    shutil.copytree(runs / "mod", run)
+    new = ["--max_steps=2", "--hidden_size=32", "--out_dir", tmp_path / "new"]
+    cases = [
+        (["--max_step=3"], "--max_step: unknown key; did you mean max_steps?"),
+        ([tmp_path / "typo.py"], "max_step: unknown key; did you mean max_steps?"),
+        ([tmp_path / "broken.py"], "SyntaxError"),
+        ([tmp_path / "absent.py"], "absent.py"),
+        (["--max_steps=many"], "--max_steps: 'many' is not int"),
+        (["--seq_len=0", "--keep_last=0", "--warmup_ratio=2"], "seq_len=0 must be at least 1; keep_last=0"),
+        (["--dtype=float8"], "dtype='float8' is not one of auto, float32, bfloat16"),
+        (["--device=tpu"], "device='tpu' is not available here"),
+        (["--capacity_start=1"], "capacity_start and capacity_anneal_steps need each other"),
+        (["--data_dir=nowhere"], "python prepare.py"),
+        (["--architecture=mamba"], "architecture='mamba' is not one of dense, mod, dtf, stt"),
+        (["--hidden_size=30"], "hidden_size=30 is not divisible by num_attention_heads=4"),
+        (["--num_key_value_heads=3"], "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+        (["--architecture=mod", "--capacity=1.5"], "capacity=1.5 must lie in (0, 1]"),
+        (["--size=5B"], "size='5B' is not one of demo"),
+        (["--vocab_size=63"], "has token ids up to 63, the model vocab_size=63"),
+        (["--max_position_embeddings=16"], "seq_len=32 is longer than max_position_embeddings=16"),
+        (["--seq_len=2000"], "too few for seq_len=2000"),
+        (["--capacity_start=1", "--capacity_anneal_steps=3"], "capacity_start=1.0 needs routed layers"),
+        ([f"--init_from={start / 'mod'}", "--size=demo"], "size='demo' is for init_from='scratch'"),
+        ([f"--init_from={tmp_path}"], "config.json"),
+        ([f"--out_dir={run}"], "already holds a run: --resume=auto continues it"),
+        ([f"--resume={tmp_path / 'step_0000007'}"], "no such checkpoint"),
+        ([f"--resume={tmp_path}"], "holds no checkpoint"),
+    ]
+    resume = [f"--resume={run}"]
+    bare = [
+        ([*resume, "--architecture=dtf"], "architecture was 'mod' and is now 'dtf'"),
+        (
+            [*resume, "--seq_len=16", "--hidden_size=64"],
+            "seq_len was 32 and is now 16, hidden_size was 32 and is now 64",
+        ),
+        ([*resume, "--batch_size=5"], "batch_size · grad_accum_steps was 8 and is now 10"),
+        ([*resume, "--max_steps=3"], "max_steps=3 lies before the checkpoint's step 9"),
+        ([*resume, f"--data_dir={altered}"], "is not the data that the checkpoint was trained on"),
+        ([*resume, f"--out_dir={runs / 'dtf'}"], "already holds a run"),
+    ]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments, message in [([*common(data), *new, *a], m) for a, m in cases] + bare:
+        status, err = script(monkeypatch, capsys, arguments)
+        assert status == 2, (arguments, err)
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
+        assert not (tmp_path / "new").exists()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    tokens = np.fromfile(altered / "train" / "toy-00000.bin", "<u2")
+    tokens[:] = VOCAB + 7
+    tokens.tofile(altered / "train" / "toy-00000.bin")
+    arguments = [*common(data), *new, f"--data_dir={altered}"]
+    status, err = script(monkeypatch, capsys, arguments)
+    assert status == 2 and "beyond vocab_size=64" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_ranks_must_divide_the_accumulation(data):
+    val = TokenData(data, "val", SEQ_LEN)
+    with pytest.raises(ConfigError, match="grad_accum_steps=6 cannot be divided over 4 ranks: use 8"):
+        train.check_fit(train.TrainConfig(seq_len=SEQ_LEN, grad_accum_steps=6), ModelConfig(), val, 4)
+
+
+def test_help_lists_every_key(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path("train.py", run_name="__main__")
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    for line in re.findall(r"^  --\w+=.*", out, re.MULTILINE):
+        assert re.search(r"\S  +\S", line), f"no meaning: {line}"
+    for key in ("data_dir", "grad_accum_steps", "lr_causal_router", "wandb_entity", "capacity", "prior_factor"):
+        assert f"  --{key}=" in out
+
+
+# -- configs ----------------------------------------------------------------------------------------------------------
+
+
+def test_configs_of_half_a_billion():
+    """Qwen2.5-0.5B's 494,032,768 parameters and the routed parts, by DESIGN's shapes; its rates and batch."""
+    d, prior = 896, 3 * 896 * 56 + 896  # SwiGLU of width 56 = 896 / 16, and its norm
+    routed = {
+        "dense": 0,
+        "mod": 12 * (d + 2 * d + 1),
+        "dtf": 12 * (4 + 2 * d + 1 + prior),
+        "stt": 12 * (4 + 2 * d + 1 + prior),
+    }
+    for architecture in ARCHITECTURES:
+        keys, model_keys = configure("", [f"config/{architecture}_05b.py"], train.TrainConfig, ModelConfig)
+        cfg = train.TrainConfig(**keys)
+        assert cfg.init_from == "Qwen/Qwen2.5-0.5B" and model_keys["architecture"] == architecture
+        with torch.device("meta"):
+            model = Transformer(ModelConfig.preset("0.5B", **model_keys))
+        assert sum(p.numel() for p in model.parameters()) == 494_032_768 + routed[architecture]
+        rates = cfg.lr_base, cfg.lr_prior, cfg.lr_router, cfg.lr_causal_router
+        assert rates == (1e-5, 1e-3, 1e-2, 1e-3)
+        assert (cfg.seq_len, cfg.batch_size, cfg.grad_accum_steps, cfg.seed) == (1024, 16, 64, 42)
+        assert (cfg.weight_decay, cfg.warmup_ratio, cfg.grad_clip) == (0.01, 0.01, 1.0)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "demo", "scratch_50m"])
+def test_configs_from_scratch(name):
+    keys, model_keys = configure("", [f"config/{name}.py"], train.TrainConfig, ModelConfig)
+    cfg = train.TrainConfig(**keys)
+    assert cfg.init_from == "scratch" and cfg.lr_base > 1e-5
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.preset(cfg.size, vocab_size=4096, **model_keys))
+    assert model.config.max_position_embeddings >= cfg.seq_len
