@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from configurator import ConfigError, cli, configure, convert
 from data import SPLITS, VERSION, DataError
+from tokenizer import EOT, make_encoder, train_tokenizer
 
-EOT = "<|endoftext|>"
 TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
 LONG, CUT = 1 << 18, 1 << 14  # bytes: a text file over LONG is cut into documents of about CUT
 BATCH = 1 << 20  # characters that a process encodes at a time
@@ -50,14 +50,6 @@ RETRIES = 4  # attempts to read a unit of a data set, seconds apart: 1, 4, 16
 ALIASES = {  # data sets that have moved: id -> (id, text, why)
     "storytracer/US-PD-Books": ("sedthh/gutenberg_english", "TEXT", "its texts are gone from the hub"),
 }
-
-# GPT-2's pattern, which `ByteLevel(use_regex=True)` stands for, and Qwen2's, which our own tokenizers get
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Most text, which NFC leaves as it is: no combining marks, nothing composed of two characters
-INERT = re.compile("[\0-\u02ff\u2010-\u2027\u20ac]*").fullmatch
 
 
 @dataclass
@@ -88,6 +80,10 @@ class Source:
     revision: str | None = None  # commit, tag or branch (none: the newest)
 
 
+class Unreachable(DataError):
+    """A data set that stopped answering: worth another attempt."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources: which units of work there are, and the documents of one
 
@@ -99,9 +95,9 @@ def standard_library():
     return [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts[:-1])]
 
 
-def local_units(paths):
-    """Units of local files in a fixed order: {"files": [[path, bytes, mtime]]}; raises DataError for what can't be."""
-    files = []
+def local_units(source):
+    """Units of local files in a fixed order; raises DataError for what cannot be read."""
+    files, paths = [], source.input or standard_library()
     for path in map(Path, paths):
         if path.is_dir():
             below = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT + ROWS and p.is_file()]
@@ -125,16 +121,92 @@ def local_units(paths):
     return units
 
 
+def hub_units(source):
+    """Units of a data set, one for each of its files, with the commit that they are read from and the rows to take."""
+    from huggingface_hub import HfApi
+
+    units = []
+    try:
+        commit = HfApi().dataset_info(source.id, revision=source.revision).sha
+        for split, name in (("train" if source.val_split else None, source.split), ("val", source.val_split)):
+            if name is None:
+                continue
+            data = open_split(source.id, source.subset, name, commit, source.text)
+            known = (data.info.splits or {}).get(name)
+            rows, files = known.num_examples if known else None, data.num_shards
+            share = 1 if split == "val" else source.share
+            if share < 1 and not rows:
+                raise DataError(f"its {name} split does not tell its number of rows, so no share={share} of it")
+            for number in range(files):  # the rows of a share are dealt out evenly, and so are those of the split
+                first, last = (round((rows or 0) * share) * i // files for i in (number, number + 1))
+                unit = {"split": split, "number": number, "id": source.id, "subset": source.subset, "name": name}
+                units.append(unit | {"commit": commit, "of": files, "rows": last - first, "all": share == 1})
+    except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
+        raise DataError(f"source {source.name}: {source.id}: {first_line(e)}") from None
+    return units
+
+
+def plan(source):
+    """The units of work of a source: dicts for JSON, with their split (None: by the hash) and their number in it."""
+    return hub_units(source) if source.id else local_units(source)
+
+
+def first_line(e):
+    return str(e).strip().split("\n")[0] or type(e).__name__
+
+
+@cache
+def open_split(id, subset, name, commit, text):
+    """A split of a data set, streaming, with only the columns that `text` needs."""
+    from datasets import load_dataset
+
+    data = load_dataset(id, subset, split=name, revision=commit, streaming=True)
+    if missing := set(columns(text)) - set(data.column_names or columns(text)):
+        raise DataError(f"no column {min(missing)!r}, only {', '.join(data.column_names)}")
+    if data.info.builder_name == "parquet":  # then the other columns are not even downloaded
+        data = load_dataset(id, subset, split=name, revision=commit, streaming=True, columns=columns(text))
+    return data
+
+
+def read_hub(source, unit):
+    """The rows of one file of a data set, as (text, done)."""
+    where = f"source {source.name}: {unit['id']}, {unit['name']} file {unit['number'] + 1} of {unit['of']}"
+    try:
+        data = open_split(unit["id"], unit["subset"], unit["name"], unit["commit"], source.text)
+        data = data.shard(unit["of"], unit["number"])
+        data, count = data if unit["all"] else data.take(unit["rows"]), 0
+        for batch in data.iter(256):
+            for values in zip(*batch.values(), strict=True):
+                count += 1
+                text = render(dict(zip(batch, values, strict=True)), source.text, f"{where}, row {count}")
+                yield text, min(1.0, count / (unit["rows"] or float("inf")))
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as e:  # noqa: BLE001, the network can fail in many ways
+        raise Unreachable(f"{where}: {first_line(e)}; what is finished stays, run the command again") from None
+
+
+def joined(rows, pattern):
+    """Rows put together to documents: one that matches `pattern` begins the next."""
+    document, done, begins = [], 0.0, re.compile(pattern).match
+    for text, done in rows:
+        if begins(text) and document:
+            yield "".join(document), done
+            document = []
+        document.append(text)
+    yield "".join(document), done
+
+
 def render(row, text, where):
     """The text of a row: its column `text`, or the template `text` over its columns. Raises DataError naming `where`."""
+    row = {name: "" if value is None else value for name, value in row.items()}
     try:
         value = text.format_map(row) if "{" in text else row[text]
     except (KeyError, ValueError, IndexError, AttributeError) as e:
         raise DataError(f"{where}: no column {e}, only {', '.join(map(str, row))}: set text_key") from None
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: {text!r} is {type(value).__name__}, not text: set text_key to one of {', '.join(row)}"
-        )
+        kind, others = type(value).__name__, ", ".join(map(str, row))
+        raise DataError(f"{where}: {text!r} is {kind}, not text: set text_key to one of {others}")
     return value
 
 
@@ -206,8 +278,8 @@ def read_parquet(path, text):
         raise DataError(f"{path}: not a readable parquet file: {e}") from None
 
 
-def read_unit(source, unit):
-    """The documents of a unit as (text, done): done is the fraction of the unit read so far."""
+def read_files(source, unit):
+    """The documents of a unit of local files as (text, done)."""
     size, before = sum(size for _, size, _ in unit["files"]) or 1, 0
     for path, bytes_here, _ in unit["files"]:
         reader = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(path).suffix)
@@ -216,137 +288,10 @@ def read_unit(source, unit):
         before += bytes_here
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-
-
-def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE with Qwen2's normaliser and pattern (so that transformers opens it alike); its JSON as bytes."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.to_str(pretty=True).encode()
-
-
-def find_tokenizer(name):
-    """(tokenizer.json, tokenizer_config.json or None) as bytes, from a folder, a file or the hub."""
-    path = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
-    beside = path.with_name("tokenizer_config.json")
-    if not path.is_file():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(str(name), "tokenizer.json"))
-            with suppress(EntryNotFoundError):  # a tokenizer needs no config
-                beside = Path(hf_hub_download(str(name), "tokenizer_config.json"))
-        except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
-            reason = str(e).strip().split("\n")[0]
-            raise DataError(
-                f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub: {reason}"
-            ) from None
-    return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
-
-
-def byte_alphabet():
-    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def tiktoken_parts(spec):
-    """(pattern, {bytes: id}) for tiktoken, from the dict of a tokenizer.json; None where it is another kind."""
-    model, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {}
-    match pre.get("pretokenizers", [pre]):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            pattern = GPT2
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            pass
-        case _:
-            return None
-    others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if model.get("type") != "BPE" or any(model.get(key) for key in others) or normalizer not in (None, {"type": "NFC"}):
-        return None
-    alphabet, added = byte_alphabet(), {token["content"] for token in spec.get("added_tokens", [])}
-    tokens = {token: i for token, i in model["vocab"].items() if token not in added}
-    if any(set(token) - alphabet.keys() for token in tokens) or not alphabet.keys() <= tokens.keys():
-        return None
-    return pattern, {bytes(alphabet[c] for c in token): i for token, i in tokens.items()}
-
-
-def merges_agree(model, ranks):
-    """Whether tiktoken with `ranks`, {bytes: id}, joins as the BPE `model` of a tokenizer.json does.
-
-    tiktoken joins any two neighbours whose product is in the vocabulary, the lowest id first; `tokenizers` goes by its
-    list of merges. They agree when the merges stand in the order of their ids, all different, and every entry of the
-    vocabulary is what the merges make of its own bytes: a pair that tiktoken would join otherwise had, by then, gone
-    through the same joins inside that entry, and so must be a merge.
-    """
-    from tokenizers import models
-
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    products = [model["vocab"][a + b] for a, b in merges]
-    bpe, words = models.BPE(model["vocab"], merges), {i: token for token, i in model["vocab"].items()}
-    return products == sorted(i for token, i in ranks.items() if len(token) > 1) and all(
-        [part.id for part in bpe.tokenize(words[i])] == [i] for i in products
-    )
-
-
-def make_encoder(path, kind=None):
-    """encode(text) -> uint32 ids, exactly those of `tokenizers` with special tokens taken as the text they are.
-
-    Through tiktoken where the tokenizer can be expressed in it (several times as fast), else by `tokenizers` itself.
-    Returns (encode, kind), kind "tiktoken" or "tokenizers"; given an earlier answer, it is not checked again.
-    """
-    import tiktoken
-    from tokenizers import Tokenizer
-
-    tokenizer, spec = Tokenizer.from_file(str(path)), json.loads(Path(path).read_bytes())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-
-    def slow(text):
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    parts = tiktoken_parts(spec)
-    if kind == "tokenizers" or parts is None or not (kind or merges_agree(spec["model"], parts[1])):
-        return slow, "tokenizers"
-    # One special token, never looked for: without any, tiktoken searches for the empty string, at every character
-    encoding = tiktoken.Encoding("", pat_str=parts[0], mergeable_ranks=parts[1], special_tokens={EOT: 2**31})
-    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else None
-    names = [re.escape(token["content"]) for token in spec.get("added_tokens", []) if not token["special"]]
-    added = re.compile("|".join(names)).search if names else lambda text: None
-
-    def fast(text):
-        plain = normalize(text) if normalize and not INERT(text) else text
-        if added(text) or added(plain):  # added, not special: `tokenizers` finds them in text
-            return slow(text)
-        try:
-            return encoding.encode_to_numpy(plain, disallowed_special=())
-        except ValueError:  # its regular expressions give up on a million spaces in a row
-            return slow(text)
-
-    # The two have regular expressions of their own: compare them on characters of every kind
-    probe = "".join(f"{chr(i)}a {chr(i)}1\n{chr(i)}" for i in [*range(0x3100), *range(0xE000, 0x110000, 61)])
-    same = kind or np.array_equal(fast(probe), slow(probe))
-    return (fast, "tiktoken") if same else (slow, "tokenizers")
+def read_unit(source, unit):
+    """The documents of a unit as (text, done); done is the fraction of the unit read so far, for the progress bar."""
+    rows = read_hub(source, unit) if source.id else read_files(source, unit)
+    return joined(rows, source.join) if source.join else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,9 +457,16 @@ def read_sources(cfg):
                 problems.append(f"sources[{number}]: unknown key {key!r}; did you mean {near}?")
             except ValueError as e:
                 problems.append(f"sources[{number}]: {key}: {e}")
-        source.name = re.sub(r"[^\w.-]", "_", source.name or Path((source.input or ["source"])[0]).stem)
-        if not source.input:
-            problems.append(f"sources[{number}]: input is missing")
+        if bool(source.id) == bool(source.input):
+            problems.append(f"sources[{number}]: set either id, a data set of the hub, or input, local files")
+            continue
+        name = "-".join([source.id.split("/")[-1], source.subset or ""]).strip("-") or Path(source.input[0]).stem
+        source.name = re.sub(r"[^\w.-]", "_", source.name or name)
+        if source.id in ALIASES:
+            old, (source.id, source.text, why) = source.id, ALIASES[source.id]
+            print(f"{old}: {why}; taking the same share of {source.id}")
+        if not 0 < source.share <= 1 or (source.input and source.share < 1):
+            problems.append(f"sources[{number}]: share={source.share}: above 0, at most 1, of a data set of the hub")
         if source.name in [other.name for other in sources]:
             problems.append(f"sources[{number}]: a second source named {source.name!r}")
         if source.weight is not None and not 0 <= source.weight < float("inf"):
@@ -523,6 +475,26 @@ def read_sources(cfg):
     if problems:
         raise ConfigError("; ".join(problems))
     return sources
+
+
+def find_tokenizer(name):
+    """(tokenizer.json, tokenizer_config.json or None) as bytes, from a folder, a file or the hub."""
+    path = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
+    beside = path.with_name("tokenizer_config.json")
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(str(name), "tokenizer.json"))
+            with suppress(EntryNotFoundError):  # a tokenizer needs no config
+                beside = Path(hf_hub_download(str(name), "tokenizer_config.json"))
+        except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
+            reason = str(e).strip().split("\n")[0]
+            raise DataError(
+                f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub: {reason}"
+            ) from None
+    return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
 
 
 def place_tokenizer(cfg, work, out_dir):
@@ -590,7 +562,15 @@ def encode_all(todo, workers, out_dir, start, width):
                     splits = [unit["split"]] if unit["split"] else SPLITS
                     paths = {split: out_dir / split / f"{name}-{unit['number']:05d}.bin" for split in splits}
                     submit = partial(pool.submit, run_batch, unit["split"])
-                    parts = encode_unit(read_unit(source, unit), paths, submit, 2 * workers, width, report)
+                    for attempt in range(1, RETRIES + 1):
+                        try:
+                            parts = encode_unit(read_unit(source, unit), paths, submit, 2 * workers, width, report)
+                            break
+                        except Unreachable as e:
+                            if attempt == RETRIES:
+                                raise
+                            print(f"{e}; attempt {attempt + 1} of {RETRIES} follows", flush=True)
+                            time.sleep(4 ** (attempt - 1))
                     write_whole(record, parts)
                     tokens += sum(part["tokens"] for part in parts.values())
             seconds = time.monotonic() - began
@@ -645,7 +625,7 @@ def main(argv):
 
     sources = read_sources(cfg)
     out_dir = Path(cfg.out_dir or f"data/{sources[0].name}")
-    work = [(source, unit) for source in sources for unit in local_units(source.input or standard_library())]
+    work = [(source, unit) for source in sources for unit in plan(source)]
     vocab_size, eot = place_tokenizer(cfg, work, out_dir)
     dtype = "uint16" if vocab_size < 65_536 else "uint32"
     width = np.dtype(dtype).itemsize

@@ -2,20 +2,22 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from hub import publish_mixture, serve
+from tokenizers import Tokenizer
 
 import prepare
 from data import DataError, TokenData, read_manifest, verify
-
-TEXTS = [path.read_text() for path in sorted(Path().glob("*.py"))]  # something to train small tokenizers on
+from tokenizer import train_tokenizer
 
 
 def script(*argv, **kwargs):
@@ -29,122 +31,13 @@ def one_line(done):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# Local text
 
 
 @pytest.fixture(scope="module")
 def own():
-    """The dict of a tokenizer.json that prepare.py trains."""
-    return json.loads(prepare.train_tokenizer(TEXTS, 700))
-
-
-def with_added_tokens(spec):
-    """As Qwen2.5 has them: some special, some not, which `tokenizers` finds in text."""
-    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    new = [("<|im_end|>", True), ("<tool_call>", False), ("e\u0301é", False)]
-    new = [fields | {"id": 700 + i, "content": content, "special": special} for i, (content, special) in enumerate(new)]
-    return spec | {"added_tokens": spec["added_tokens"] + new}
-
-
-def as_gpt2(spec):
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return spec | {"normalizer": None, "pre_tokenizer": byte_level}
-
-
-def with_digits(spec):
-    """A pre-tokenizer in three steps, which is not one pattern."""
-    steps = [{"type": "Digits", "individual_digits": True}, *spec["pre_tokenizer"]["pretokenizers"]]
-    return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-
-
-def reordered(spec):
-    """Two merges change places: ids are no longer the order of joining."""
-    merges = list(spec["model"]["merges"])
-    merges[5], merges[300] = merges[300], merges[5]
-    return spec | {"model": spec["model"] | {"merges": merges}}
-
-
-def unreachable(spec):
-    """A merge is missing: its product stands in the vocabulary, but `tokenizers` never makes it."""
-    return spec | {"model": spec["model"] | {"merges": spec["model"]["merges"][:-1]}}
-
-
-def lowercase(spec):
-    return spec | {"normalizer": {"type": "Lowercase"}}
-
-
-KINDS = {
-    "own": (lambda spec: spec, "tiktoken"),
-    "added": (with_added_tokens, "tiktoken"),
-    "gpt2": (as_gpt2, "tiktoken"),
-    "digits": (with_digits, "tokenizers"),
-    "reordered": (reordered, "tokenizers"),
-    "unreachable": (unreachable, "tokenizers"),
-    "lowercase": (lowercase, "tokenizers"),
-}
-
-
-@pytest.fixture(scope="module")
-def encoders(own, tmp_path_factory):
-    """{kind: (our encoder, the same tokenizer in `tokenizers`)}"""
-    made = {}
-    for name, (change, kind) in KINDS.items():
-        path = tmp_path_factory.mktemp(name) / "tokenizer.json"
-        path.write_text(json.dumps(change(own)))
-        encode, got = prepare.make_encoder(path)
-        assert got == kind, name
-        reference = Tokenizer.from_file(str(path))
-        reference.encode_special_tokens = True  # special tokens in text are text
-        made[name] = (encode, lambda text, t=reference: t.encode(text, add_special_tokens=False).ids)
-    return made
-
-
-PIECES = st.sampled_from(
-    ["<|endoftext|>", "<|im_end|>", "<tool_call>", "e\u0301é", "\r\n", "\r", "\0", " " * 30, "\t\t", "\n\n", "don't"]
-    + ["'LL", "ſ", "\u212b", "\u1100\u1161", "\ufeff", "\u2028", "def f(self):\n        return", "12345", "…", "—", "İ"]
-)
-
-
-@given(st.lists(st.one_of(PIECES, st.text(max_size=12)), max_size=12).map("".join))
-@example("a\u0323\u0307 \u0307\u0323")  # marks that NFC reorders
-@example("x\u2019y\u0301")
-@settings(max_examples=300, deadline=None)
-def test_ids_equal_those_of_tokenizers_on_any_text(encoders, text):
-    for name, (encode, reference) in encoders.items():
-        assert encode(text).tolist() == reference(text), name
-
-
-def test_ids_equal_those_of_tokenizers_on_long_runs(encoders):
-    for text in (" " * 200_000 + "x", "\n" * 100_000, "ab" * 100_000, "=" * 100_000 + " a" * 1000):
-        for name in ("own", "gpt2"):
-            encode, reference = encoders[name]
-            assert encode(text).tolist() == reference(text)
-
-
-def test_characters_taken_for_inert_are_inert():
-    """The shortcut around NFC: alone and between letters, none of these characters changes or is changed."""
-    normalize = normalizers.NFC().normalize_str
-    inert = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and prepare.INERT(chr(i))]
-    assert len(inert) > 700
-    text = "".join(f"{c}a{c}E{c}" for c in inert)
-    assert normalize(text) == text
-
-
-def test_a_trained_tokenizer_opens_alike_in_transformers(own, tmp_path):
-    from transformers import AutoTokenizer
-
-    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
-    config = '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}'
-    (tmp_path / "tokenizer_config.json").write_text(config)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    theirs, encode = AutoTokenizer.from_pretrained(tmp_path), prepare.make_encoder(tmp_path / "tokenizer.json")[0]
-    for text in [*(text.replace(prepare.EOT, "") for text in TEXTS), "don't e\u0301 12345 \r\n  x\u212b"]:
-        assert theirs(text)["input_ids"] == encode(text).tolist()
-    assert theirs.eos_token_id == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Local text
+    """The dict of a small tokenizer.json."""
+    return json.loads(train_tokenizer([path.read_text() for path in Path().glob("*.py")], 700))
 
 
 def test_the_default_corpus(tmp_path):
@@ -331,6 +224,186 @@ def test_a_full_disk_leaves_nothing_half_written(corpus, tmp_path):
     verify(tmp_path / "d")
 
 
+KILLS = int(os.environ.get("KILLS", "0"))  # KILLS=20 pytest tests/test_prepare.py -k kill
+
+
+@pytest.mark.parametrize("where", ["local", pytest.param("hub", marks=pytest.mark.skipif(not KILLS, reason="KILLS"))])
+def test_kill_at_random_moments(where, corpus, tmp_path):
+    """After SIGKILL no process stays, and the run that follows ends with the bytes of an undisturbed one."""
+    folder, _, tok = corpus
+    for i in range(12):
+        (folder / f"more{i}.txt").write_text(f"{i} more text, naïve or not. " * 8000)
+    launcher = "import prepare; prepare.UNIT = 1; prepare.cli(prepare.main, prepare.DataError)"
+    argv = [sys.executable, "-c", launcher, f"--tokenizer={tok}", "--num_proc=2"]
+    argv += [f"--input={folder}"] if where == "local" else ["--sources=[{'id': 'roneneldan/TinyStories'}]"]
+    if where == "hub":
+        publish_mixture(tmp_path / "hub", stories=20_000)
+    with serve(tmp_path / "hub") as env:
+        options = {"env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        began = time.monotonic()
+        subprocess.run([*argv, f"--out_dir={tmp_path}/undisturbed"], check=True, **options)
+        seconds, random = time.monotonic() - began, Random()
+        for kill in range(KILLS or 4):
+            out = tmp_path / f"killed{kill}"
+            run = subprocess.Popen([*argv, f"--out_dir={out}"], start_new_session=True, **options)
+            time.sleep(random.uniform(0.2, 1) * seconds)
+            run.kill()
+            run.wait()
+            deadline = time.monotonic() + 20
+            with suppress(ProcessLookupError):
+                while time.monotonic() < deadline:
+                    os.killpg(run.pid, 0)  # somebody is left in its session
+                    time.sleep(0.05)
+                pytest.fail("a process outlived its parent")
+            subprocess.run([*argv, f"--out_dir={out}"], check=True, **options)
+            assert checksums(out) == checksums(tmp_path / "undisturbed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of the hub
+
+
+@pytest.fixture(scope="module")
+def mixture(own, tmp_path_factory):
+    """(environment of a hub with the seven sources, finished data folder, what prepare.py printed)."""
+    root = tmp_path_factory.mktemp("hub")
+    publish_mixture(root)
+    (root / "models/Qwen/Qwen2.5-0.5B").mkdir(parents=True)
+    (root / "models/Qwen/Qwen2.5-0.5B/tokenizer.json").write_text(json.dumps(own))
+    with serve(root) as hub:
+        done = script("config/mixture.py", f"--out_dir={root}/d", "--num_proc=2", env=os.environ | hub)
+        assert done.returncode == 0, done.stderr
+        yield hub, root / "d", done.stdout
+
+
+def rows_of(hub, id, pattern):
+    import pyarrow.parquet
+
+    paths = sorted((hub.server.root / "datasets" / id).rglob(pattern))
+    return [pyarrow.parquet.read_table(path).to_pylist() for path in paths]
+
+
+def test_the_mixture(mixture):
+    hub, out, printed = mixture
+    assert "storytracer/US-PD-Books: its texts are gone from the hub; taking the same share of sedthh" in printed
+    sources = read_manifest(out)["sources"]
+    cosmopedia = [name for name in sources if name.startswith("cosmopedia-")]
+    documents = {  # the shares of config/mixture.py of what tests/hub.py publishes; an article of wikitext is one
+        "wikitext-wikitext-103-raw-v1": (35, 4),
+        "cnn_dailymail-3.0.0": (60, 9),
+        "US-PD-Books": (20, 0),
+        **dict.fromkeys(cosmopedia, (30, 0)),
+        "sciq": (50, 6),
+        "codeparrot-clean-valid": (60, 0),
+        "TinyStories": (800, 20),
+    }
+    assert list(sources) == list(documents) and len(cosmopedia) == 8
+    for name, (train, val) in documents.items():
+        source = sources[name]
+        if val:
+            assert (source["train"]["documents"], source["val"]["documents"]) == (train, val), name
+        else:  # split by the hash
+            assert source["train"]["documents"] + source["val"]["documents"] == train, name
+        assert source["weight"] == source["train"]["tokens"] / 1e6
+    verify(out)
+
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    articles = [row["article"] for rows in rows_of(hub, "abisee/cnn_dailymail", "train-*") for row in rows[:20]]
+    want = [i for text in articles for i in [*tokenizer.encode(text).ids, 0]]
+    files = [out / file["name"] for file in sources["cnn_dailymail-3.0.0"]["train"]["files"]]
+    assert np.concatenate([np.fromfile(file, "<u2") for file in files]).tolist() == want
+
+    def first(name, split="train"):
+        ids = np.fromfile(out / sources[name][split]["files"][0]["name"], "<u2").tolist()
+        return tokenizer.decode(ids[: ids.index(0)])
+
+    row = rows_of(hub, "allenai/sciq", "validation-*")[0][0]
+    assert first("sciq", "val") == "Question: {question}\n{support}\nAnswer: {correct_answer}".format(**row)
+    article = "".join(row["text"] for row in rows_of(hub, "Salesforce/wikitext", "train-*")[0][:5])
+    assert first("wikitext-wikitext-103-raw-v1") == article and article.count(" = ") == 4
+
+
+def test_a_mixture_changes_without_reading_again(mixture, tmp_path):
+    hub, out, _ = mixture
+    config = tmp_path / "c.py"
+    config.write_text(
+        Path("config/mixture.py").read_text() + "sources = [sources[0] | {'weight': 0.25}, sources[-1]]\n"
+    )
+    shutil.copytree(out, tmp_path / "d")
+    hub.server.log.clear()
+    done = script(str(config), f"--out_dir={tmp_path}/d", env=os.environ | hub)
+    assert done.returncode == 0, done.stderr
+    weights = {name: source["weight"] for name, source in read_manifest(tmp_path / "d")["sources"].items()}
+    assert list(weights) == ["wikitext-wikitext-103-raw-v1", "TinyStories"] and weights.popitem()[1] != 0.25
+    assert not any(".parquet" in path for method, path in hub.server.log if method == "GET")
+
+
+def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
+    hub, out, _ = mixture
+    config = tmp_path / "c.py"
+    config.write_text(Path("config/mixture.py").read_text() + "sources = [sources[1], sources[-1]]\n")
+    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    argv = [sys.executable, "-c", launcher, str(config), f"--out_dir={tmp_path}/d", "--num_proc=1"]
+    options = {"env": os.environ | hub, "capture_output": True, "text": True}
+    hub.server.fail = lambda method, path: 403 if "TinyStories" in path and "train-00002" in path else None
+    done = subprocess.run(argv, check=False, **options)
+    message = one_line(done)
+    assert "source TinyStories: roneneldan/TinyStories, train file 3 of 4: " in message and "403" in message
+    assert "attempt 2 of 2 follows" in done.stdout
+    sealed = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d/train").iterdir()}
+    assert {name[:-10] for name in sealed} == {"cnn_dailymail-3.0.0", "TinyStories"} and len(sealed) == 5
+    assert not (tmp_path / "d/manifest.json").exists()
+
+    broken = iter([403])  # the first time only: the second attempt succeeds
+    hub.server.fail = lambda method, path: next(broken, None) if "train-00002" in path else None
+    done = subprocess.run(argv, check=False, **options)
+    hub.server.fail = lambda method, path: None
+    assert done.returncode == 0 and "attempt 2 of 2 follows" in done.stdout
+    assert sealed.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d/train").iterdir()}.items()
+    for file in (tmp_path / "d").rglob("*.bin"):
+        assert file.read_bytes() == (out / file.relative_to(tmp_path / "d")).read_bytes()
+
+
+def test_a_data_set_that_cannot_be_is_refused(mixture, tmp_path):
+    cases = [
+        ({"id": "no/such"}, "source such: no/such: "),
+        ({"id": "abisee/cnn_dailymail", "subset": "4"}, "cnn_dailymail-4: abisee/cnn_dailymail: BuilderConfig '4' not"),
+        ({"id": "roneneldan/TinyStories", "split": "trian"}, "TinyStories: Bad split: trian"),
+        ({"id": "roneneldan/TinyStories", "text": "story"}, "no column 'story', only text"),
+        ({"id": "codeparrot/codeparrot-clean-valid", "text": "content", "share": 0.5}, "no share=0.5 of it"),
+    ]
+    one_process = """
+import json, sys, prepare
+for source in json.loads(sys.argv[1]):
+    try:
+        prepare.main([f"--sources=[{source}]", f"--out_dir={sys.argv[2]}"])
+    except prepare.DataError as e:
+        print(e)
+"""
+    argv = [sys.executable, "-c", one_process, json.dumps([source for source, _ in cases]), str(tmp_path / "d")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, env=os.environ | mixture[0])
+    for (_, message), line in zip(cases, done.stdout.splitlines(), strict=True):
+        assert message in line
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"id": "a/b", "shrae": 1}, "sources[0]: unknown key 'shrae'; did you mean share?"),
+        ({"id": "a/b", "share": "half"}, "sources[0]: share: 'half' is not float"),
+        ({"id": "a/b", "share": 0}, "share=0.0: above 0, at most 1"),
+        ({"id": "a/b", "weight": -1}, "weight=-1.0 is not a number from 0 on"),
+        ({"name": "x"}, "sources[0]: set either id, a data set of the hub, or input, local files"),
+        ({"input": "Makefile"}, "input 'Makefile': the extension is not one of"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(tmp_path, source, message):
+    with pytest.raises((DataError, prepare.ConfigError)) as e:
+        prepare.main([f"--sources=[{source}]", f"--out_dir={tmp_path}/d"])
+    assert message in str(e.value) and not (tmp_path / "d").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: the script's one line
 
@@ -382,9 +455,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, text_key, 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    given = path.parent if "/" in name else path
+    target = path.parent if "/" in name else path
     with pytest.raises(DataError) as e:
-        prepare.main([f"--input={given}", f"--text_key={text_key}", f"--out_dir={tmp_path}/d", "--vocab_size=300"])
+        prepare.main([f"--input={target}", f"--text_key={text_key}", f"--out_dir={tmp_path}/d", "--vocab_size=300"])
     assert message in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "d").exists()
 
