@@ -383,18 +383,21 @@ class Block(nn.Module):
 
 
 class DecisionBlock(Block):
-    """DTF's even layers: dense, and a prior guesses their update. Where it fails, the token is surprising."""
+    """DTF's even layers: dense, and a prior guesses their update. Where it fails, the token is surprising.
+
+    In the prior's loss, MSE(x_prior, stopgrad(x_post)), x stands on both sides and falls out. It must not be left in:
+    its gradient would make x chase x_post = x + Δ(x), which moves along, and the residual stream explodes (docs/LOG.md).
+    """
 
     def __init__(self, cfg: ModelConfig, index: int):
         super().__init__(cfg, index)
         self.prior = Predictor(cfg)
 
     def forward(self, x, ctx, before):
-        update, predicted = self.delta(x, ctx.rope, self.store_all(x, ctx)), self.prior(x)
-        y = x + update
+        update, predicted = self.delta(x, ctx.rope, self.store_all(x, ctx)), self.prior(x)  # (B, T, d) each
         surprise = routers.mean_square(update), routers.mean_square(update - predicted)
-        losses = {"prior": F.mse_loss(x + predicted, y.detach())} if ctx.routing == "topk" else {}
-        return y, Notes(losses=losses, surprise=surprise)
+        losses = {"prior": routers.mean_square(predicted - update.detach()).mean()} if ctx.routing == "topk" else {}
+        return x + update, Notes(losses=losses, surprise=surprise)
 
 
 class RoutedBlock(Block):
@@ -555,7 +558,7 @@ class STTBlock(SurprisedBlock):
         out = x + update
         predicted = routers.shift(self.transition(out))  # (B, T, d)
         g = self.surprise_gate(routers.mean_square(update), routers.mean_square(update - predicted), ctx, notes)
-        notes.losses |= {"tpn": F.mse_loss(predicted.float(), update.detach().float()), "g_reg": g.mean()}
+        notes.losses |= {"tpn": routers.mean_square(predicted - update.detach()).mean(), "g_reg": g.mean()}
         if self.config.stt_output == "dense":
             self.select(x, g, ctx, notes)  # the causal router's lesson
             return out, notes

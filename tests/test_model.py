@@ -377,6 +377,16 @@ def test_causal_router_never_moves_the_trunk(architecture):
     assert moved == {f"model.layers.{i}.causal_router.{kind}" for i in (1, 3) for kind in ("weight", "bias")}
 
 
+def test_prior_loss_does_not_make_x_chase_what_follows_it():
+    """A prior that says nothing, whatever x, leaves its loss no way to the trunk; only its own output layer learns."""
+    model, ids = small_model("dtf").train(), random_ids(4, 40)
+    for layer in model.model.layers[0:4:2]:
+        layer.prior.down_proj.weight.data.zero_()
+    model(ids, ids).losses["prior"].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {f"model.layers.{i}.prior.down_proj.weight" for i in (0, 2)}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_gets_a_gradient(architecture):
     model = small_model(architecture).train()
