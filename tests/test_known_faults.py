@@ -1,8 +1,4 @@
-"""The faults of existing DTF, STT and MoD code (DESIGN section 9): one property each that this code is shown to have.
-
-Those of the training loop (a logged loss that is the total, the schedule, capacity annealing) need train.py and stand at
-the end. Numbers are the section's.
-"""
+"""The faults of existing DTF, STT and MoD code, 2024 to 2026, each seen by running it: one property each, shown here."""
 
 import math
 
@@ -14,7 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 import routers
-from model import Transformer
+from model import Transformer, rope_tables
+from train import lr_scale
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -217,3 +214,24 @@ def test_20_no_host_synchronisation_in_a_training_step(architecture):
         assert model.model.embed_tokens.weight.grad.shape == (97, 32)
         with pytest.raises(DataDependentOutputException):
             hidden.sum().item()
+
+
+def test_10_the_attention_has_no_backward_of_its_own():
+    """Every gradient is autograd's, of PyTorch's own kernel: dQ, dK and dV agree with plain matrix products."""
+    torch.manual_seed(0)
+    layer, x = small_model("dense").model.layers[0], torch.randn(12, 32, requires_grad=True)
+    rope = rope_tables(torch.arange(12), 8, 1e4)
+    inputs = [x, *(p.weight for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))]
+    direction = torch.randn(12, 32)
+    plain = torch.autograd.grad((brute_force_update(layer, x, torch.arange(12), rope) * direction).sum(), inputs)
+    ours = torch.autograd.grad((layer.delta(x[None], rope)[0] * direction).sum(), inputs)
+    for got, expected in zip(ours, plain, strict=True):
+        assert relative_error(got, expected) <= 1e-4
+
+
+def test_19_the_schedule_survives_a_warm_up_as_long_as_the_run():
+    for steps, warmup in ((10, 1.0), (1, 1.0), (1, 0.0), (10, 0.01)):
+        scale = [lr_scale(step, steps, warmup, 0.1) for step in range(steps + 1)]
+        assert all(0 < s <= 1 for s in scale) and max(scale) == 1
+    assert lr_scale(50, 100, 0.0, 0.1) == pytest.approx(0.55)  # half-way down a cosine, not a line or a constant
+    assert lr_scale(25, 100, 0.0, 0.1) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
