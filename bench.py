@@ -64,7 +64,7 @@ class BenchConfig:
     model_path: str = ""  # a model directory, a run or a hub id; empty: random weights of --size (speed, flops)
     size: str = "10M"  # shape without a model_path: demo, 10M, 50M, 0.5B … 72B; single keys override it
     batch_size: int = 4  # sequences at a time
-    seq_len: int = 512  # tokens of a sequence; perplexity: of the window; decoding: of the prompt
+    seq_len: int = 256  # tokens of a sequence; perplexity: of the window; decoding: of the prompt
     routing: str = "causal"  # lm-eval: causal, or topk (the papers' protocol, which looks at the future)
     limit: int = 0  # examples of an lm-eval task, windows of perplexity and capacity (0: all)
     output_path: str = ""  # JSON file of all results (lm-eval: the model folder's eval-ROUTING.json, if not set)
@@ -73,8 +73,8 @@ class BenchConfig:
     threads: int = 0  # CPU threads (0: torch's choice)
 
     measure: list[str] = field(default_factory=lambda: list(MEASURES))  # speed: what to time, of these
-    repeats: int = 7  # speed, capacity: timed rounds
-    warmup: int = 2  # speed, capacity: rounds before them
+    repeats: int = 5  # speed, capacity: timed rounds
+    warmup: int = 1  # speed, capacity: rounds before them
     decode_steps: int = 16  # speed, capacity: tokens that a round of decoding generates
     compile: bool = False  # speed: torch.compile rows for train and forward too
     profile: bool = False  # speed: write a Chrome trace of one training step of every variant to out/trace.json
@@ -152,17 +152,21 @@ class Peer(torch.nn.Module):
     """transformers' Qwen2 with sdpa attention and the weights of our dense model, behind our model's interface."""
 
     def __init__(self, dense: Transformer):
-        from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+        from transformers import Qwen2Config, Qwen2ForCausalLM
 
         super().__init__()
         config = {name: value for name, value in dense.config.to_dict().items() if name != "architecture"}
         self.qwen2 = Qwen2ForCausalLM(Qwen2Config(**config, attn_implementation="sdpa"))
         self.qwen2.load_state_dict(dense.state_dict() | {"lm_head.weight": dense.head_weight})
-        self.new_cache = lambda batch, limit: DynamicCache(config=self.qwen2.config)
-        self.__dict__["run"] = self.qwen2
+        self.__dict__["run"] = self.qwen2  # no second child
 
     def compile_trunk(self):
         self.__dict__["run"] = torch.compile(self.qwen2)
+
+    def new_cache(self, batch, limit):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.qwen2.config)
 
     def forward(self, input_ids, targets=None, routing="topk", cache=None):
         if targets is not None:
@@ -318,6 +322,10 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
 
     def time_all(run, fast_too=False):
         """run(model, variant), for every variant and where it makes sense the compiled ones: {(variant, compiled): …}."""
+        for name, model in fast.items() if fast_too else ():
+            start = time.perf_counter()
+            run(model, name)
+            memory[name]["compile_seconds"] = memory[name].get("compile_seconds", 0) + time.perf_counter() - start
         runs = {(name, False): lambda n=name, m=m: run(m, n) for name, m in variants.items()}
         runs |= {(name, True): lambda n=name, m=m: run(m, n) for name, m in fast.items() if fast_too}
         return interleaved(runs, cfg, device)
@@ -325,7 +333,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     def report(measure, times, tokens, promise, steps=1):
         """tokens and promise ({variant: FLOPs or bytes}) are of one timed call, which is `steps` steps."""
         for (name, is_fast), seconds in times.items():
-            quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
             row = {"measure": measure, "variant": name, "compiled": is_fast, "seconds": quartiles[1] / steps}
             row |= {"quartiles": [quartiles[0] / steps, quartiles[2] / steps], "tokens_per_s": tokens / quartiles[1]}
             if peak and name in promise and not measure.startswith("decode"):
@@ -393,11 +401,12 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
                 selected = {i: statistics.mean(float(s[i]) for s in each) for i in share[name]}
                 promise[name] = decode_bytes(model, batch, context, selected, ran)
             report(f"decode{batch}", times, batch * cfg.decode_steps, promise, steps=cfg.decode_steps)
-    units = {"parameters": 1, "activation_bytes": 1, "peak_bytes": 1, "kv_bytes_per_token": 1, "causal_capacity": 1}
-    print("\n" + f"{'':22}" + "".join(f"{unit:>20}" for unit in units))
+    columns = ["parameters", "activation_bytes", "peak_bytes", "kv_bytes_per_token", "causal_capacity"]
+    columns += ["compile_seconds"] * cfg.compile
+    print("\n" + f"{'':22}" + "".join(f"{column:>20}" for column in columns))
     for name, values in memory.items():
-        shown = ["n/a" if u not in values else f"{values[u]:,.{3 * (u == 'causal_capacity')}f}" for u in units]
-        print(f"{name:22}" + "".join(f"{value:>20}" for value in shown))
+        print(f"{name:22}" + "".join(f"{values[column]:20,.9g}" if column in values else f"{'n/a':>20}"
+                                     for column in columns))  # fmt: skip
     return {"rows": rows, "memory": memory}
 
 
@@ -848,14 +857,14 @@ def evaluate(cfg: BenchConfig, model, tokenizer, manager, tasks: dict, path: str
         settings["done"].append([name, shots])
         if rank() == 0:
             write_json(document | {"evaluation": settings} | found, path)
-    if rank() == 0 and found["results"]:
+    if found["results"]:
         routing = {"causal": "causal routing", "topk": "top-k routing, which looks at the future (generation: causal)"}
         what = routing[cfg.routing] if model.routed else "dense"
         print(f"\n{cfg.model_path}: {what}" + f", the first {cfg.limit} examples of each task" * (cfg.limit > 0))
         print(lm_eval.utils.make_table(found))
         if found["groups"]:
             print(lm_eval.utils.make_table(found, "groups"))
-        print(f"{path}")
+        print(path)
     return document | {"evaluation": settings} | found, missing
 
 
@@ -905,6 +914,8 @@ def main(argv):
         if set(own) - {"perplexity"}:
             raise ConfigError(f"tasks={','.join(own)} measure one process: run them without torchrun")
         dist.init_process_group("gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     manager, tasks = find_tasks(suites) if suites else (None, {})
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -943,12 +954,11 @@ def main(argv):
         folder = cfg.model_path if os.path.isdir(cfg.model_path) else os.path.join("out", cfg.model_path)
         path = path or os.path.join(folder, f"eval-{cfg.routing}{f'-limit{cfg.limit}' * (cfg.limit > 0)}.json")
         document, missing = evaluate(cfg, model, tokenizer, manager, tasks, path, document)
-        if cfg.wandb_log and rank() == 0:
-            log_to_wandb(cfg, document["results"])
-    if rank() == 0:
-        print("\n" + json.dumps(document, default=str))
-        if path:
-            write_json(document, path)
+    print("\n" + json.dumps(document, default=str))
+    if path and rank() == 0:
+        write_json(document, path)
+    if tasks and cfg.wandb_log and rank() == 0:
+        log_to_wandb(cfg, document["results"])
     if world > 1:
         dist.destroy_process_group()
     if missing:

@@ -186,7 +186,10 @@ def batches(data, firsts, count, device):
     """
 
     def make(first):
-        return [t.pin_memory() if device.type == "cuda" else t for t in data.batch(first, count)]
+        if device.type != "cuda":
+            return data.batch(first, count)
+        torch.cuda.set_device(device)  # of this thread: else each rank would open a context on GPU 0
+        return [t.pin_memory() for t in data.batch(first, count)]
 
     firsts = iter(firsts)
     with ThreadPoolExecutor(1) as thread:
@@ -389,9 +392,10 @@ def main(argv):
     counts = torch.zeros(3)  # since the last log: good steps; bad steps in a row; bad steps of the whole run
     if resumed:
         step, flops, best_val_loss, run_id = (saved[k] for k in ("step", "flops", "best_val_loss", "wandb_id"))
-        then = torch.load(resumed / "optimizer.pt", map_location="cpu", weights_only=True)
-        # rates and decay are those of the config of now
-        optimizer.load_state_dict(then | {"param_groups": optimizer.state_dict()["param_groups"]})
+        groups_now = {"param_groups": optimizer.state_dict()["param_groups"]}  # rates and decay may have been changed
+        state = torch.load(resumed / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state | groups_now)
+        del state  # twice the model
         ranks = torch.load(resumed / "ranks.pt", map_location="cpu", weights_only=True)
         counts = ranks[0]["counts"]
         if len(ranks) == world:
@@ -471,9 +475,10 @@ def main(argv):
             state |= {"best_val_loss": best_val_loss, "data": fingerprint, "wandb_id": run_id, "world_size": world}
             state |= {"config": {"train": asdict(cfg), "model": model_config}, "torch": torch.__version__}
             try:
+                checkpoint.append_lines(metrics_file, pending)  # no checkpoint without the metrics up to it
                 checkpoint.flush(metrics_file)
                 checkpoint.save(out_dir, state, model, optimizer, ranks, cfg.data_dir, cfg.keep_last)
-            except CheckpointError as e:
+            except (CheckpointError, OSError) as e:
                 say(f"warning: {e}; what was saved before is intact")
                 return
         saved_step = step

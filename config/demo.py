@@ -1,6 +1,8 @@
-"""One of the four architectures of `make demo`, which trains each on the same tokens with this file:
+"""One of the four models of `make demo`, which trains each architecture on the same 655,360 tokens with this file:
 
-python train.py config/demo.py --architecture=mod --out_dir=out/demo/mod
+    python train.py config/demo.py --architecture=mod --out_dir=out/demo/mod
+
+Two minutes or so each on two CPU cores; the validation loss goes from 8.3 to about LOSS.
 """
 
 data_dir = "data/stdlib"
@@ -9,13 +11,14 @@ architecture = "dtf"
 size = "demo"
 
 seq_len = 256
-batch_size = 8
-max_steps = 450
-eval_interval = 90
-eval_batches = 12
+batch_size = 4
+max_steps = 640
+eval_interval = 160
+eval_batches = 16
 save_interval = 0
 
-lr_base = 2e-3
+lr_base = 3e-3
 lr_prior = 2e-3
 lr_causal_router = 5e-3
+min_lr_ratio = 0.05
 warmup_ratio = 0.05

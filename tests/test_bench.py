@@ -422,7 +422,7 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
         ("--tasks=code --model_path=x", ConfigError, "--allow_code_execution"),
         ("--measure=trian", ConfigError, "measure='trian' is not one of train"),
         ("--repeats=0 --routing=best", ConfigError, "repeats=0 must be at least 1; routing='best' is not one of"),
-        ("--stride=900", ConfigError, "stride=900 must lie between 1 and seq_len=512"),
+        ("--stride=900", ConfigError, "stride=900 must lie between 1 and seq_len=256"),
         ("--size=11M", ModelError, "size='11M' is not one of demo"),
         ("--capacity=1.5", ModelError, "capacity=1.5 must lie in (0, 1]"),
         ("--hiden_size=4", ConfigError, "did you mean hidden_size?"),
