@@ -435,6 +435,21 @@ def test_gradient_checkpointing_changes_no_gradient(architecture):
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_trunk_is_one_graph_with_the_same_gradients(architecture):
+    """fullgraph refuses any graph break; aot_eager traces forward and backward like the compiler, without compiling."""
+    model, ids = small_model(architecture).train(), random_ids(2, 40)
+    eager = model(ids, ids)
+    expected = torch.autograd.grad(eager.loss, model.parameters())
+    torch._dynamo.reset()
+    model.__dict__["compiled"] = torch.compile(model.model, fullgraph=True, backend="aot_eager", dynamic=False)
+    traced = model(ids, ids)
+    torch.testing.assert_close(traced.losses, eager.losses)
+    for got, grad in zip(torch.autograd.grad(traced.loss, model.parameters()), expected, strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
 @pytest.mark.parametrize("fallback", [False, True])
 def test_chunked_loss_equals_cross_entropy(fallback, monkeypatch):
     if fallback:
