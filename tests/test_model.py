@@ -438,7 +438,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_trunk_is_one_graph_with_the_same_gradients(architecture):
     """fullgraph refuses any graph break; aot_eager traces forward and backward like the compiler, without compiling."""
-    model, ids = small_model(architecture).train(), random_ids(2, 40)
+    model, ids = small_model(architecture, num_hidden_layers=2).train(), random_ids(2, 40)
     eager = model(ids, ids)
     expected = torch.autograd.grad(eager.loss, model.parameters())
     torch._dynamo.reset()
