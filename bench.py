@@ -331,17 +331,19 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
         return interleaved(runs, cfg, device)
 
     def report(measure, times, tokens, promise, steps=1):
-        """tokens and promise ({variant: FLOPs or bytes}) are of one timed call, which is `steps` steps."""
+        """tokens are of one timed call, which is `steps` steps; promise: {variant: FLOPs or bytes} of one step."""
         for (name, is_fast), seconds in times.items():
             quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
             row = {"measure": measure, "variant": name, "compiled": is_fast, "seconds": quartiles[1] / steps}
             row |= {"quartiles": [quartiles[0] / steps, quartiles[2] / steps], "tokens_per_s": tokens / quartiles[1]}
-            if peak and name in promise and not measure.startswith("decode"):
-                row["mfu"] = promise[name] / quartiles[1] / peak
             row["ratio"] = statistics.median(a / b for a, b in zip(seconds, times["dense", is_fast], strict=True))
             if name in promise:
                 row["promised"] = promise[name] / promise["dense"]
                 row["efficiency"] = row["promised"] / row["ratio"]
+                if measure.startswith("decode"):
+                    row["gb_per_s"] = promise[name] / row["seconds"] / 1e9
+                elif peak:
+                    row["mfu"] = promise[name] / row["seconds"] / peak
             row["vs_hf"] = statistics.median(b / a for a, b in zip(seconds, times["transformers", False], strict=True))
             rows.append(row)
         print_speed(rows[-len(times) :])
@@ -411,7 +413,8 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
 
 
 def print_speed(rows: list[dict]):
-    columns = {"mfu": "MFU", "ratio": "ratio", "promised": "promised", "efficiency": "efficiency", "vs_hf": "vs hf"}
+    columns = {"mfu": "MFU", "gb_per_s": "GB/s", "ratio": "ratio", "promised": "promised"}
+    columns |= {"efficiency": "efficiency", "vs_hf": "vs hf"}
     columns = {key: title for key, title in columns.items() if any(key in row for row in rows)}
     head = f"\n{rows[0]['measure']:22}{'ms':>10}{'(quartiles)':>21}{'tokens/s':>12}"
     print(head + "".join(f"{title:>12}" for title in columns.values()))
@@ -739,7 +742,9 @@ def lm_eval_model(model: Transformer, tokenizer, cfg: BenchConfig):
                 for start in range(0, len(group), cfg.batch_size):
                     batch = group[start : start + cfg.batch_size]
                     prompts = [contexts[n][-room:] for n in batch]
-                    draw = {name: how.get(name) for name in ("top_k", "top_p")} | {"temperature": how["temperature"]}
+                    draw = {name: how.get(name) for name in ("top_k", "top_p")} | {
+                        "temperature": how.get("temperature", 0.0)
+                    }
                     for n, ids in zip(batch, continue_until(prompts, how["max_gen_toks"], until, draw), strict=True):
                         found[n] = postprocess_generated_text(tokenizer.decode(ids), until, None)
                     bar.update(len(batch))

@@ -117,7 +117,7 @@ def ask(lm):
     pairs = [(TEXT[7 * n : 16 * n], TEXT[16 * n : 17 * n + 3]) for n in range(7)] + [(TEXT[:1500], " end")]
     texts = [(TEXT[50 * n : 50 * n + 5 + 400 * n],) for n in range(3)]
     how = {"until": ["ee", "\n"], "max_gen_toks": 70, "do_sample": False}
-    prompts = [(TEXT[31 * n : 31 * n + 4 + 8 * n], how) for n in range(3)] + [(TEXT[:1500], how | {"until": []})]
+    prompts = [(TEXT[31 * n : 31 * n + 4 + 8 * n], how) for n in range(3)] + [(TEXT[:1500], {"max_gen_toks": 70})]
     kinds = (lm.loglikelihood, pairs), (lm.loglikelihood_rolling, texts), (lm.generate_until, prompts)
     return [method(requests_of(*arguments)) for method, arguments in kinds]
 
@@ -140,7 +140,7 @@ def test_scores_and_generations_equal_hflm(folders, tokenizer):
     )
     ours = our_lm(Transformer.from_pretrained(folders["dense"]), tokenizer, batch_size=4)
     expected = ask(theirs)
-    assert any(expected[2]) and len({greedy for _, greedy in expected[0]}) == 1
+    assert any(expected[2])
     assert_same(ask(ours), expected, 1e-4)
 
 
@@ -377,19 +377,22 @@ def test_speed_suite(tmp_path, capsys):
     rows = document["speed"]["rows"]
     by = {(row["measure"], row["variant"]): row for row in rows}
     assert set(by) == {(m, v) for m in bench.MEASURES for v in ("transformers", *ARCHITECTURES)}
+    models = {
+        a: Transformer(ModelConfig(architecture=a, vocab_size=128, hidden_size=32, num_hidden_layers=4,
+                                   intermediate_size=64, capacity=0.25))
+        for a in ARCHITECTURES
+    }  # fmt: skip
     for row in rows:
         assert row["tokens_per_s"] * row["seconds"] == pytest.approx(
             {"decode1": 1, "decode8": 8}.get(row["measure"], 64)
         )
         if row["variant"] == "dense":
             assert row["ratio"] == row["promised"] == row["efficiency"] == 1
+            if row["measure"] == "decode1":
+                read = bench.decode_bytes(models["dense"], 1, 40, {}, {})  # between 32 and 48 tokens
+                assert row["gb_per_s"] == pytest.approx(read / row["seconds"] / 1e9)
         elif row["variant"] != "transformers":
             assert row["efficiency"] == pytest.approx(row["promised"] / row["ratio"])
-    models = {
-        a: Transformer(ModelConfig(architecture=a, vocab_size=128, hidden_size=32, num_hidden_layers=4,
-                                   intermediate_size=64, capacity=0.25))
-        for a in ARCHITECTURES
-    }  # fmt: skip
     for a in ROUTED:
         promised = models[a].flops_per_token(32, training=True) / models["dense"].flops_per_token(32, training=True)
         assert by["train", a]["promised"] == pytest.approx(promised)
