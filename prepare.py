@@ -42,7 +42,7 @@ from data import SPLITS, VERSION, DataError
 from tokenizer import EOT, make_encoder, train_tokenizer
 
 TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
-LONG, CUT = 1 << 18, 1 << 14  # bytes: a text file over LONG is cut into documents of about CUT
+LONG, CUT = 1 << 15, 1 << 14  # bytes: a file over LONG is cut into documents of about CUT, lest a few files make up val
 BATCH = 1 << 20  # characters that a process encodes at a time
 UNIT = 1 << 28  # bytes of local files in a unit
 SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
