@@ -479,7 +479,7 @@ def main(argv):
                 checkpoint.flush(metrics_file)
                 checkpoint.save(out_dir, state, model, optimizer, ranks, cfg.data_dir, cfg.keep_last)
             except (CheckpointError, OSError) as e:
-                say(f"warning: {e}; what was saved before is intact")
+                say(f"warning: step {step} is not saved: {e}; what was saved before is intact")
                 return
         saved_step = step
 
@@ -590,7 +590,7 @@ def main(argv):
 
         # -- evaluate and save, with the clock stopped
         due_eval = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
-        due_save = cfg.save_interval and step % cfg.save_interval == 0
+        due_save = cfg.save_interval and step % cfg.save_interval == 0 and not last
         if gpu and (due_eval or due_save):
             torch.cuda.synchronize()
         paused = time.perf_counter()

@@ -441,7 +441,7 @@ def test_a_full_disk_is_not_the_end(runs, data, start, tmp_path, monkeypatch, ca
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     err = capsys.readouterr().err
-    assert "warning: cannot write" in err and "step_0000004" in err and "the metrics wait in memory" in err
+    assert "warning: step 4 is not saved" in err and "the metrics wait in memory" in err
     assert_same_run(runs / "stt", tmp_path / "run")
 
     limits[:] = [soft, soft, soft, 500]
