@@ -753,7 +753,7 @@ def lm_eval_model(model: Transformer, tokenizer, cfg: BenchConfig):
             return [found[n] for n in range(len(requests))]
 
     def continue_until(prompts, limit, until, draw):
-        """New ids of every prompt: up to `limit`, the end of the text or one of the strings in `until`.
+        """`limit` new ids of every prompt, or fewer from where it meets the end of the text (then repeated) or `until`.
 
         A string cannot be seen coming, so rows are generated 64 tokens at a time, and those that are done leave.
         """
@@ -767,7 +767,7 @@ def lm_eval_model(model: Transformer, tokenizer, cfg: BenchConfig):
             live = [r for r in live if end not in new[r] and not any(s in tokenizer.decode(new[r]) for s in until if s)]
             if not live:
                 break
-        return [ids[: ids.index(end)] if end in ids else ids for ids in new]
+        return new
 
     return NanoDTF()
 

@@ -401,6 +401,7 @@ def test_speed_suite(tmp_path, capsys):
         assert memory["causal_capacity"] == pytest.approx(0.25, abs=0.1)
         share = memory["kv_bytes_per_token"] / document["speed"]["memory"]["dense"]["kv_bytes_per_token"]
         assert share == pytest.approx((1 + memory["causal_capacity"]) / 2, rel=1e-6)
+    assert document["speed"]["memory"]["dense"]["kv_bytes_per_token"] == 4 * 2 * 2 * 8 * 4  # layers, K and V, heads
     forward = {a: sum(bench.count_flops(models[a].config, 32)[0].values()) for a in ("stt", "dense")}
     assert by["forward", "stt"]["promised"] == pytest.approx(forward["stt"] / forward["dense"])  # with its dense pass
     kept = {name: m["activation_bytes"] for name, m in document["speed"]["memory"].items()}
