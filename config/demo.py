@@ -1,4 +1,4 @@
-"""One of the four models of `make demo`, which trains each architecture on the same 655,360 tokens with this file:
+"""One of the four models of `make demo`, which trains each architecture on the same 589,824 tokens with this file:
 
     python train.py config/demo.py --architecture=mod --out_dir=out/demo/mod
 
@@ -12,12 +12,12 @@ size = "demo"
 
 seq_len = 256
 batch_size = 4
-max_steps = 640
-eval_interval = 160
-eval_batches = 16
+max_steps = 576
+eval_interval = 144
+eval_batches = 12
 save_interval = 0
 
-lr_base = 3e-3
+lr_base = 1.3e-3
 lr_prior = 2e-3
 lr_causal_router = 5e-3
 min_lr_ratio = 0.05
