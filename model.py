@@ -220,12 +220,14 @@ class LayerCache:
         lengths = [self.lengths[r] for r in rows]
         S = max(lengths)
         self.reserve(S, k)
+        ragged, keys, values = min(lengths) < S, self.k[:, :, :S], self.v[:, :, :S]
+        if len(rows) == len(self.lengths) and not ragged:
+            keys[:, :, -1:], values[:, :, -1:] = k, v
+            return keys, values, None
         at = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
-        self.k[at[0], :, at[1]], self.v[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
-        keys, values = self.k[:, :, :S], self.v[:, :, :S]
+        keys[at[0], :, at[1]], values[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
         if len(rows) < len(self.lengths):
             keys, values = keys[at[0]], values[at[0]]
-        ragged = min(lengths) < S
         mask = routers.valid_mask(lengths, S, k.device)[:, None, None] if ragged else None  # (rows, 1, 1, S)
         return keys, values, mask
 
@@ -256,6 +258,7 @@ class Context:
     """What travels beside the hidden states of one forward pass; the layers read it and change only the cache."""
 
     routing: str  # "topk" or "causal"
+    positions: torch.Tensor  # (T), or (B, 1) in a decoding step
     rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, hd), or (B, 1, hd) in a decoding step
     lengths: list[int] | None  # tokens of each right-padded row, None without padding
     cache: Cache | None
@@ -469,11 +472,13 @@ class RoutedBlock(Block):
             rows = [r for r, selected in enumerate(counts) if selected]
             if not rows:
                 return x
-            at = torch.tensor(rows, device=x.device)
+            at = torch.tensor(rows, device=x.device) if len(rows) < len(counts) else slice(None)
             update = self.delta(x[at], tuple(t[at] for t in ctx.rope), ctx.store(self.index, rows=rows))  # (rows, 1, d)
             if gate is not None:
                 update = update * gate[at][..., None]
-            return x.index_add(0, at, update.to(x.dtype))
+            y = x.clone()
+            y[at] += update
+            return y
         if indices.size(1) == 0:
             return x
         places = indices[..., None].expand(-1, -1, x.size(-1))  # (B, k, d)
@@ -515,15 +520,16 @@ class SurprisedBlock(RoutedBlock):
 
     def surprise_gate(self, d_st, d_ch, ctx: Context, notes: Notes):
         """G of (B, T) surprises, noting how it came about."""
-        window, history, seen = self.config.ma_window, None, 0
-        if ctx.cache:
-            cached = ctx.cache.layers[self.index].state
-            history = cached.get("history", d_st.new_zeros(d_st.size(0), window - 1))
-            seen = torch.tensor(ctx.cache.lengths, device=d_st.device)[:, None]
-            new = [1] * d_st.size(0) if ctx.decoding else ctx.lengths or [d_st.size(1)] * d_st.size(0)
-            ends = torch.tensor(new, device=d_st.device)[:, None] + torch.arange(window - 1, device=d_st.device)
-            cached["history"] = torch.cat((history, d_st), dim=1).gather(1, ends)  # the last window − 1 values
-        average = routers.moving_average(d_st, window, history, seen)
+        window, state = self.config.ma_window, ctx.cache.layers[self.index].state if ctx.cache else None
+        if ctx.decoding:
+            average = routers.moving_average(d_st, window, state["history"], seen=ctx.positions)
+            state["history"] = torch.cat((state["history"], d_st), dim=1)[:, 1:]
+        else:
+            average = routers.moving_average(d_st, window)
+            if ctx.cache:  # the window − 1 values before the next token, zeros where there are fewer
+                ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
+                places = ends + torch.arange(window - 1, device=d_st.device)
+                state["history"] = F.pad(d_st, (window - 1, 0)).gather(1, places)  # (B, window − 1)
         g, s_ce, s_cu = self.router(d_st, d_ch, average)
         notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
         notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
@@ -595,7 +601,7 @@ class Trunk(nn.Module):
         else:
             positions = torch.arange(input_ids.size(1), device=input_ids.device)  # (T)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        ctx = Context(routing, rope, lengths, cache, decoding)
+        ctx = Context(routing, positions, rope, lengths, cache, decoding)
         x, notes = self.embed_tokens(input_ids), [Notes()]  # (B, T, d)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
