@@ -32,7 +32,8 @@ def read_manifest(data_dir):
     """The checked manifest of a data folder, a dict:
 
         version, tokenizer (where it comes from), dtype ("uint16" or "uint32"), vocab_size, eot_token (id),
-        sources: {name: {weight, train: part, val: part}},  part: {tokens, documents, files: [{name, tokens, sha256}]}
+        sources: {name: {weight, share, from, train: part, val: part}},  share of `from` that was taken
+        part: {tokens, documents, files: [{name, tokens, sha256}]}
 
     Raises DataError where it is missing, malformed, of another version, or at odds with the sizes of the files.
     """
@@ -185,11 +186,8 @@ class TokenData:
         number = np.arange(first, first + count)
         source = self.which[number % len(self.which)]
         index = number // len(self.which) * self.counts[source] + self.rank[number % len(self.which)]
-        if self.split == "val":
-            if first < 0 or first + count > len(self):
-                raise DataError(
-                    f"{self.data_dir}: the val split has {len(self):,} sequences of {self.seq_len}, no more"
-                )
+        if self.split == "val" and (first < 0 or first + count > len(self)):
+            raise DataError(f"{self.data_dir}: the val split has {len(self):,} sequences of {self.seq_len}, no more")
         for s in np.unique(source):
             mine, n = source == s, int(self.blocks[s])
             epoch, within = np.divmod(index[mine].astype(np.uint64), np.uint64(n))

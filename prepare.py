@@ -62,7 +62,7 @@ class PrepareConfig:
     val_fraction: float = 0.05  # share of the documents held out, where a source has no validation split
     num_proc: int | None = None  # processes that encode (none: one per core)
     shard: str = "0/1"  # i/n, i from 0: do only the i-th of n shares of the work
-    sources: list[dict] = field(default_factory=list)  # instead of input: see Source
+    sources: list[dict] = field(default_factory=list)  # instead of input: see class Source
 
 
 @dataclass
@@ -359,17 +359,24 @@ def sync(path):
 
 
 def publish(partial_path, path):
+    """Give a file its name once its content is on disk, then put the name there too."""
     sync(partial_path)
     os.replace(partial_path, path)
     sync(path.parent)
 
 
 def write_whole(path, content):
-    """Write bytes, or a dict as JSON, to `path`, whole or not at all."""
+    """Write bytes, or what JSON can hold, to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
-    publish(partial_path, path)
+    content = content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n"
+    partial_path = path.with_name(
+        f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial"
+    )  # other shares write it too
+    try:
+        partial_path.write_bytes(content)
+        publish(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 class TokenFile:
@@ -431,7 +438,7 @@ def sealed(record, out_dir, width):
         files = [file for split in SPLITS for file in parts[split]["files"]]
         whole = all((out_dir / file["name"]).stat().st_size == file["tokens"] * width for file in files)
         return parts if whole else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -490,10 +497,8 @@ def find_tokenizer(name):
             with suppress(EntryNotFoundError):  # a tokenizer needs no config
                 beside = Path(hf_hub_download(str(name), "tokenizer_config.json"))
         except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
-            reason = str(e).strip().split("\n")[0]
-            raise DataError(
-                f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub: {reason}"
-            ) from None
+            where = f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub"
+            raise DataError(f"{where}: {first_line(e)}") from None
     return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
 
 
@@ -505,10 +510,10 @@ def place_tokenizer(cfg, work, out_dir):
     from tokenizers import Tokenizer
 
     path, note = out_dir / "tokenizer.json", out_dir / "sealed" / "tokenizer.json"
-    asked = f"tokenizer={cfg.tokenizer}" if cfg.tokenizer else f"a BPE of vocab_size={cfg.vocab_size}"
+    asked = cfg.tokenizer or f"a BPE of vocab_size={cfg.vocab_size}"
     done = path.is_file() and note.is_file()
     if done and (before := json.loads(note.read_bytes())) != asked:
-        raise DataError(f"{out_dir} was prepared with {before}, not {asked}: set another out_dir, or delete it")
+        raise DataError(f"{out_dir} was prepared with {before}, not with {asked}: set another out_dir, or delete it")
     if done or cfg.tokenizer:
         spec, config = find_tokenizer(out_dir if done else cfg.tokenizer)
     else:
@@ -584,10 +589,13 @@ def encode_all(todo, workers, out_dir, start, width):
 def merge(jobs, out_dir, width):
     """The `sources` of the manifest, from the records of all units; None where some are not finished."""
     sources = {}
-    for source, _, record in jobs:
+    for source, unit, record in jobs:
         if (parts := sealed(record, out_dir, width)) is None:
             return None
-        entry = sources.setdefault(source.name, {"weight": source.weight})
+        origin = (
+            {"id": source.id, "subset": source.subset, "commit": unit["commit"]} if source.id else {"input": "local"}
+        )
+        entry = sources.setdefault(source.name, {"weight": source.weight, "share": source.share, "from": origin})
         for split in SPLITS:
             total = entry.setdefault(split, {"tokens": 0, "documents": 0, "files": []})
             total["tokens"] += parts[split]["tokens"]
