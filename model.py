@@ -631,7 +631,7 @@ class Transformer(nn.Module):
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = None
         for name, parameter in self.named_parameters():
-            init_parameter(name, parameter)
+            init_parameter(name, parameter, config.num_hidden_layers)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -877,7 +877,7 @@ class Transformer(nn.Module):
             raise ModelError(f"{directory}: missing tensors {', '.join(lost[:5])}" + " …" * (len(lost) > 5))
         for name in model.initialized:
             tensor = torch.empty_like(expected[name], dtype=dtype, device="cpu")
-            init_parameter(name, tensor)
+            init_parameter(name, tensor, config.num_hidden_layers)
             model.load_state_dict({name: tensor}, strict=False, assign=True)
         return model.eval()
 
@@ -887,8 +887,12 @@ def broadcast(capacity: float | list[float], n: int) -> list[float]:
 
 
 @torch.no_grad()
-def init_parameter(name: str, parameter: torch.Tensor):
-    """Qwen2's initialisation: N(0, 0.02²) for matrices, ones for norms, zeros for biases; the gates' own scalars."""
+def init_parameter(name: str, parameter: torch.Tensor, layers: int):
+    """N(0, 0.02²) for matrices, ones for norms, zeros for biases, the surprise gates' own scalars.
+
+    What a block adds to the residual stream starts smaller by √(2 · layers), as in GPT-2 (Radford et al. 2019, section
+    2.3): without it, the first blocks drown the embedding (docs/LOG.md).
+    """
     last = name.rsplit(".", 1)[-1]
     if last in routers.SURPRISE_INIT:
         parameter.fill_(routers.SURPRISE_INIT[last])
@@ -899,7 +903,8 @@ def init_parameter(name: str, parameter: torch.Tensor):
     elif parameter.ndim == 1:
         parameter.fill_(1.0)
     else:
-        parameter.normal_(0.0, 0.02)
+        residual = name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+        parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
 
 def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

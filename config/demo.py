@@ -14,10 +14,10 @@ seq_len = 256
 batch_size = 4
 max_steps = 576
 eval_interval = 144
-eval_batches = 12
+eval_batches = 16
 save_interval = 0
 
-lr_base = 1.3e-3
+lr_base = 2e-3
 lr_prior = 2e-3
 lr_causal_router = 5e-3
 min_lr_ratio = 0.05

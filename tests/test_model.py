@@ -602,6 +602,17 @@ def test_layer_pattern_of_an_odd_number_of_layers():
     assert [type(layer).__name__ for layer in small_model("mod").model.layers][::2] == ["Block"] * 3
 
 
+def test_initial_weights():
+    torch.manual_seed(0)
+    config = ModelConfig.preset("demo", architecture="stt", hidden_size=256, intermediate_size=512)
+    for name, parameter in Transformer(config).named_parameters():
+        if parameter.ndim == 2 and parameter.numel() > 4000:
+            residual = "o_proj" in name or "mlp.down_proj" in name
+            assert parameter.std().item() == pytest.approx(0.02 / 12**0.5 if residual else 0.02, rel=0.05), name
+        elif "norm" in name or name.endswith("bias"):
+            assert (parameter == ("norm" in name)).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Directories
 
