@@ -127,7 +127,9 @@ def hub_units(source):
 
     units = []
     try:
-        commit = HfApi().dataset_info(source.id, revision=source.revision).sha
+        commit = source.revision
+        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+            commit = HfApi().dataset_info(source.id, revision=commit).sha
         for split, name in (("train" if source.val_split else None, source.split), ("val", source.val_split)):
             if name is None:
                 continue
@@ -633,6 +635,10 @@ def main(argv):
 
     sources = read_sources(cfg)
     out_dir = Path(cfg.out_dir or f"data/{sources[0].name}")
+    pins = {source.name: out_dir / "sealed" / source.name / "commit" for source in sources if source.id}
+    for source in sources:  # what was begun goes on with the same commit, whatever happened on the hub since
+        if source.id and not source.revision and pins[source.name].is_file():
+            source.revision = pins[source.name].read_text()
     work = [(source, unit) for source in sources for unit in plan(source)]
     vocab_size, eot = place_tokenizer(cfg, work, out_dir)
     dtype = "uint16" if vocab_size < 65_536 else "uint32"
@@ -650,6 +656,9 @@ def main(argv):
                 f"{out_dir} holds {record.parent.name} from other text or settings: set another out_dir, or delete it"
             )
     todo = [job for job in jobs[int(share[1]) :: int(share[2])] if sealed(job[2], out_dir, width) is None]
+    for source, unit, _ in todo:
+        if source.id and not pins[source.name].is_file():
+            write_whole(pins[source.name], unit["commit"].encode())
     if todo:
         kind = make_encoder(out_dir / "tokenizer.json")[1]
         workers = cfg.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -21,12 +22,19 @@ def files_of(repo):
     return sorted(p for p in repo.rglob("*") if p.is_file())
 
 
+@cache
+def sha1_of(path, changed):
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def oid_of(path):
+    return sha1_of(path, (path.stat().st_mtime_ns, path.stat().st_size))
+
+
 def commit_of(repo):
     """A commit id that depends on the content, so that no cache goes stale."""
-    digest = hashlib.sha1()
-    for path in files_of(repo):
-        digest.update(str(path.relative_to(repo)).encode() + path.read_bytes())
-    return digest.hexdigest()
+    lines = "".join(f"{path.relative_to(repo)} {oid_of(path)}\n" for path in files_of(repo))
+    return hashlib.sha1(lines.encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,9 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             recursive = "recursive=true" in self.path.lower() or "recursive=1" in self.path
             entries = []
             for p in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-                oid = hashlib.sha1(p.read_bytes() if p.is_file() else str(p).encode()).hexdigest()
-                kind = {"type": "file", "size": p.stat().st_size} if p.is_file() else {"type": "directory", "size": 0}
-                entries.append(kind | {"path": str(p.relative_to(repo)), "oid": oid})
+                kind = {"type": "directory", "oid": "0" * 40, "size": 0}
+                if p.is_file():
+                    kind = {"type": "file", "oid": oid_of(p), "size": p.stat().st_size}
+                entries.append(kind | {"path": str(p.relative_to(repo))})
             return self.answer(entries)
         if m := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             repo = self.repo("datasets" if m[1] else "models", m[2])
@@ -85,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             if not file.is_file():
                 return self.missing()
             content = file.read_bytes()
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit_of(repo)}
+            headers = {"ETag": f'"{oid_of(file)}"', "X_Repo_Commit": commit_of(repo)}
             headers |= {"Accept_Ranges": "bytes", "Content_Type": "application/octet-stream"}
             status = 200
             if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -214,6 +223,7 @@ def serve(root):
     server.root, server.log, server.lfs, server.created, server.sent = Path(root), [], {}, [], 0
     server.fail = lambda method, path: None  # or the status with which a request fails
     server.daemon_threads = True
+    server.handle_error = lambda request, address: None  # a client that was killed
     Thread(target=server.serve_forever, daemon=True).start()
     hub = Hub(
         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",

@@ -354,6 +354,8 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
     assert {name[:-10] for name in sealed} == {"cnn_dailymail-3.0.0", "TinyStories"} and len(sealed) == 5
     assert not (tmp_path / "d/manifest.json").exists()
 
+    card = hub.server.root / "datasets/roneneldan/TinyStories/README.md"
+    card.write_text(card.read_text() + "edited meanwhile: another commit\n")
     broken = iter([403])  # the first time only: the second attempt succeeds
     hub.server.fail = lambda method, path: next(broken, None) if "train-00002" in path else None
     done = subprocess.run(argv, check=False, **options)
