@@ -167,6 +167,10 @@ def find(resume, out_dir, warn=print):
             warn(f"warning: {e}; trying the one before it")
     if steps(run):
         raise CheckpointError(f"no checkpoint of {run} is intact: start again with another --out_dir")
+    if resume == "auto" and (run / "final_model").exists():
+        raise CheckpointError(
+            f"out_dir {run} holds a finished model but no checkpoint to go on from: another --out_dir"
+        )
     if resume != "auto":
         raise CheckpointError(f"resume={resume} holds no checkpoint (step_*); auto, none, a step or a run directory")
     return None

@@ -228,16 +228,12 @@ def evaluate(model, data, cfg, device, autocast, rank, world):
 
 def pick_device(cfg, local_rank, world):
     """The device and the autocast context of this rank. Raises ConfigError for a device that is not there."""
-    name = cfg.device
-    if name == "auto":  # mps has no collectives
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available() and world == 1
-            else "cpu"
-        )
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world == 1, "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and world == 1,  # it has no collectives
+        "cpu": True,
+    }
+    name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
     if not there.get(name):
         raise ConfigError(f"device={cfg.device!r} is not available here: {', '.join(d for d in there if there[d])}")
     if name == "cuda":
@@ -360,12 +356,13 @@ def main(argv):
         check_fit(cfg, model_cfg, data, world)
         model = Transformer(model_cfg)
     else:
-        if not resumed and "size" in train_set:
-            raise ConfigError(f"size={cfg.size!r} is for init_from='scratch': {cfg.init_from} has a size of its own")
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         overrides = {"capacity": model_cfg.capacity} if resumed else model_set
         model = Transformer.from_pretrained(resumed or cfg.init_from, **overrides)
         model_cfg = model.config
+        shape = SIZES.get(cfg.size, {}).items() if "size" in train_set and not resumed else ()
+        if any(getattr(model_cfg, name) != value for name, value in shape):
+            raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
         check_fit(cfg, model_cfg, data, world)
     model_config = model_cfg.to_dict()  # as asked for; annealing changes model.config
     model.gradient_checkpointing = cfg.gradient_checkpointing

@@ -154,6 +154,10 @@ def test_where_a_run_starts(tmp_path, trained):
         checkpoint.find(str(tmp_path), tmp_path)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.find(str(tmp_path / "step_0000003"), tmp_path)
+    (tmp_path / "finished" / "final_model").mkdir(parents=True)
+    for resume in ("none", "auto"):  # never over a model, even if its checkpoints were deleted
+        with pytest.raises(CheckpointError, match="another --out_dir"):
+            checkpoint.find(resume, tmp_path / "finished")
     save(tmp_path, 1, trained)
     with pytest.raises(CheckpointError, match="--resume=auto.*another --out_dir"):
         checkpoint.find("none", tmp_path)

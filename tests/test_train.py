@@ -544,7 +544,7 @@ def test_bad_input_is_one_line(data, start, runs, tmp_path, monkeypatch, capsys)
         (["--max_position_embeddings=16"], "seq_len=32 is longer than max_position_embeddings=16"),
         (["--seq_len=2000"], "too few for seq_len=2000"),
         (["--capacity_start=1", "--capacity_anneal_steps=3"], "capacity_start=1.0 needs routed layers"),
-        ([f"--init_from={start / 'mod'}", "--size=demo"], "size='demo' is for init_from='scratch'"),
+        ([f"--init_from={start / 'mod'}", "--size=demo"], f"size='demo' is not the size of {start / 'mod'}"),
         ([f"--init_from={tmp_path}"], "config.json"),
         ([f"--out_dir={run}"], "already holds a run: --resume=auto continues it"),
         ([f"--resume={tmp_path / 'step_0000007'}"], "no such checkpoint"),
