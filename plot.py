@@ -407,7 +407,7 @@ def main(argv: list[str]):
     names = [os.path.basename(os.path.abspath(path)) if unique else os.path.relpath(path, parent) for path in paths]
     folders = dict(zip(names, paths, strict=True))
     runs = {name: read_metrics(path) for name, path in folders.items()}
-    out = cfg.out or min(parent, os.path.relpath(parent), key=len)
+    out = cfg.out or (parent if os.path.isabs(paths[0]) else os.path.relpath(parent))  # named as the runs were
     if command == "report":
         report(runs, folders, out, cfg)
         return
