@@ -917,6 +917,8 @@ def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.size(0) * weight.size(0) <= 1 << 25:  # 128 MB of logits in float32: whole they are a fifth faster
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
     rows = max(1, (1 << 24) // weight.size(0))  # 2^24 logits a chunk: 64 MB in float32
     if torch.is_grad_enabled() and hasattr(F, "linear_cross_entropy"):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
