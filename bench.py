@@ -906,14 +906,20 @@ def about(cfg: BenchConfig, device) -> dict:
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 
-def main(argv):
+def check(argv):
+    """What a command line asks for: (BenchConfig, keys of the model, lm-eval's TaskManager and tasks). Raises ConfigError."""
     bench_set, model_set = configure(__doc__, argv, BenchConfig, ModelConfig)
     cfg = BenchConfig(**bench_set)
     if cfg.model_path and (model_set or "size" in bench_set):
         given = ", ".join([*model_set, *(["size"] if "size" in bench_set else [])])
         raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {given}")
-    own = [task for task in OWN if task in cfg.tasks]
     suites = [task for task in cfg.tasks if task not in OWN]
+    return (cfg, model_set, *(find_tasks(suites) if suites else (None, {})))
+
+
+def main(argv):
+    cfg, model_set, manager, tasks = check(argv)
+    own = [task for task in OWN if task in cfg.tasks]
     world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
         if set(own) - {"perplexity"}:
@@ -921,7 +927,6 @@ def main(argv):
         dist.init_process_group("gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    manager, tasks = find_tasks(suites) if suites else (None, {})
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, autocast = pick_device(cfg, local, world)

@@ -20,7 +20,7 @@ import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -73,6 +73,9 @@ class TrainConfig:
     compile: bool = False  # torch.compile
     gradient_checkpointing: bool = False  # less memory, a third more compute
 
+    eval_tasks: list[str] = field(
+        default_factory=list
+    )  # what bench.py runs on final_model at the end, e.g. general,math
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: into out_dir only)
     wandb_project: str = "nanodtf"  # W&B project
     wandb_entity: str = ""  # W&B user or team (empty: your default)
@@ -319,7 +322,8 @@ def start_wandb(cfg, model_cfg, run_id, resumed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv):
+def train(argv):
+    """The run, from its configuration to final_model/. Returns (TrainConfig, whether the run is complete)."""
     train_set, model_set = configure(__doc__, argv, TrainConfig, ModelConfig)
     rank, world, local_rank = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -342,6 +346,10 @@ def main(argv):
         cfg, model_cfg = merge(saved, {"out_dir": str(resumed.parent)} | train_set, model_set)
         if Path(cfg.out_dir).resolve() != resumed.parent.resolve():
             checkpoint.find("none", cfg.out_dir)  # goes on elsewhere: not on top of another run
+    if cfg.eval_tasks:  # a typo is found now, not after days
+        import bench
+
+        bench.check(eval_argv(cfg))
     device, autocast = pick_device(cfg, local_rank, world)
     data, val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
     fingerprint = checkpoint.digest(Path(cfg.data_dir) / "manifest.json")
@@ -627,6 +635,22 @@ def main(argv):
         dist.destroy_process_group()
     if stopped == signal.SIGTERM and step < cfg.max_steps:
         sys.exit(128 + signal.SIGTERM)
+    return cfg, step == cfg.max_steps
+
+
+def eval_argv(cfg):
+    """The command line of bench.py that evaluates what this run has trained."""
+    argv = [f"--tasks={','.join(cfg.eval_tasks)}", f"--model_path={cfg.out_dir}/final_model", f"--text={cfg.data_dir}"]
+    same = "batch_size", "seq_len", "device", "dtype", "wandb_log", "wandb_project", "wandb_entity"
+    return argv + [f"--{name}={getattr(cfg, name)}" for name in same]
+
+
+def main(argv):
+    cfg, complete = train(argv)  # when it returns, the memory of the run is free
+    if complete and cfg.eval_tasks:
+        import bench
+
+        bench.main(eval_argv(cfg))
 
 
 if __name__ == "__main__":

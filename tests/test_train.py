@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import prepare
 import train
 from configurator import ConfigError, configure
 from data import TokenData
@@ -26,6 +28,7 @@ from model import ModelConfig, Transformer
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
 VOCAB, SEQ_LEN = 64, 32
+ROOT = Path(train.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -629,3 +632,21 @@ def test_configs_from_scratch(name):
     with torch.device("meta"):
         model = Transformer(ModelConfig.preset(cfg.size, vocab_size=4096, **model_keys))
     assert model.config.max_position_embeddings >= cfg.seq_len
+
+
+def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
+    text, data, run = tmp_path / "text.txt", tmp_path / "data", tmp_path / "run"
+    text.write_text("\n\n".join(path.read_text() for path in ROOT.glob("*.py")))
+    prepare.main([f"--input={text}", f"--out_dir={data}", "--vocab_size=300", "--val_fraction=0.3", "--num_proc=1"])
+    keys = [f"--data_dir={data}", f"--out_dir={run}", "--architecture=mod", "--hidden_size=32", "--max_steps=2"]
+    keys += ["--seq_len=32", "--batch_size=2", "--eval_batches=1000", "--device=cpu", "--eval_tasks=perplexity"]
+    train.main(keys)
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["routing"]: row for row in results["perplexity"]}
+    assert results["config"]["model_path"] == f"{run}/final_model" and set(rows) == {"causal", "topk"}
+    # the same text in windows that share context, where train.py's blocks stand alone: near, not equal
+    assert rows["causal"]["loss"] == pytest.approx(metrics(run)[-1]["val/loss_causal"], rel=0.02)
+
+    with pytest.raises(ConfigError, match="tasks=perplexty is unknown; did you mean perplexity"):
+        train.main([*keys, "--eval_tasks=perplexty", f"--out_dir={tmp_path / 'other'}"])
+    assert not (tmp_path / "other").exists()  # found before the first step
