@@ -630,8 +630,19 @@ class Transformer(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = None
-        for name, parameter in self.named_parameters():
-            init_parameter(name, parameter, config.num_hidden_layers)
+        self.init_weights(self.state_dict())
+
+    @torch.no_grad()
+    def init_weights(self, names):
+        """New values for the named tensors, drawn on the CPU one after another: the same however they are sharded."""
+        for name, tensor in self.state_dict().items():
+            if name in names:
+                mine, rows = local_rows(tensor)
+                there = mine is tensor and tensor.device.type in ("cpu", "meta")
+                whole = tensor if there else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                init_parameter(name, whole, self.config.num_hidden_layers)
+                if not there:
+                    mine.copy_(whole[rows] if rows else whole)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -824,12 +835,12 @@ class Transformer(nn.Module):
 
     # -- weights in and out -------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str):
-        """Writes model.safetensors and config.json, each to a temporary name first."""
+    def save_pretrained(self, directory: str, state_dict: dict | None = None):
+        """Writes model.safetensors and config.json, each to a temporary name first. state_dict: instead of its own."""
         from safetensors.torch import save_file
 
         os.makedirs(directory, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
         with replacing(os.path.join(directory, "model.safetensors")) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -838,10 +849,11 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory_or_hub_id: str, revision: str | None = None, dtype=torch.float32, **config_overrides
+        cls, directory_or_hub_id: str, revision: str | None = None, dtype=torch.float32, shard=None, **config_overrides
     ) -> "Transformer":
         """Opens a Qwen2 checkpoint or one of ours; `architecture=` converts a dense one, whose routed parts start new.
 
+        shard: a function that shards the model, still without memory, and gives it memory: only this rank's rows are read.
         `loaded` and `initialized` on the result name the tensors of either kind. Raises ModelError for a model of another
         type or shape, unknown or missing tensors, and pickled weights.
         """
@@ -855,31 +867,40 @@ class Transformer(nn.Module):
             raise ModelError(f"{config_path} is not a model configuration: {error}") from None
         config = ModelConfig.from_dict(stored, **config_overrides)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config).to(dtype)
+        if shard is None:
+            model.to_empty(device="cpu")
+        else:
+            shard(model)
         expected = model.state_dict()
         model.loaded = []
-        for name, read in weight_files(directory):
+        for name, shape, read in weight_files(directory):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some files hold the tied head twice
             if name not in expected:
                 raise ModelError(f"{directory}: unknown tensor {name} for architecture={config.architecture}")
-            tensor = read().to(dtype)
-            if tensor.shape != expected[name].shape:
-                raise ModelError(
-                    f"{directory}: {name} has shape {tuple(tensor.shape)}, {tuple(expected[name].shape)} is expected"
-                )
-            model.load_state_dict({name: tensor}, strict=False, assign=True)
+            if shape != tuple(expected[name].shape):
+                raise ModelError(f"{directory}: {name} has shape {shape}, {tuple(expected[name].shape)} is expected")
+            mine, rows = local_rows(expected[name])
+            mine.copy_(read(rows))
             model.loaded.append(name)
         model.initialized = sorted(expected.keys() - set(model.loaded))
         new_parts = model.initialized if saved.architecture == "dense" != config.architecture else []
         lost = [name for name in model.initialized if name not in new_parts or not is_routed_part(name)]
         if lost:
             raise ModelError(f"{directory}: missing tensors {', '.join(lost[:5])}" + " …" * (len(lost) > 5))
-        for name in model.initialized:
-            tensor = torch.empty_like(expected[name], dtype=dtype, device="cpu")
-            init_parameter(name, tensor, config.num_hidden_layers)
-            model.load_state_dict({name: tensor}, strict=False, assign=True)
+        model.init_weights(model.initialized)
         return model.eval()
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice | None]:
+    """What this rank holds of a tensor, and which rows of the whole these are: None for all, unless FSDP sharded it."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, None
+    n, mesh = tensor.size(0), tensor.device_mesh
+    each = -(-n // mesh.size())  # the last ranks may hold fewer, or none
+    first = min(n, each * mesh.get_local_rank())
+    return tensor.to_local(), slice(first, min(n, first + each))
 
 
 def broadcast(capacity: float | list[float], n: int) -> list[float]:
@@ -977,7 +998,10 @@ def find_model(directory_or_hub_id: str, revision: str | None = None) -> str:
 
 
 def weight_files(directory: str):
-    """Yields (tensor name, function that reads it) of a single or sharded safetensors checkpoint, shard by shard."""
+    """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
+
+    The function takes the rows to read, a slice; None for all.
+    """
     from safetensors import SafetensorError, safe_open
 
     index = os.path.join(directory, "model.safetensors.index.json")
@@ -997,7 +1021,12 @@ def weight_files(directory: str):
         try:
             with safe_open(os.path.join(directory, shard), framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118 (safe_open is no dict)
-                    yield name, partial(f.get_tensor, name)
+                    tensor = f.get_slice(name)
+
+                    def read(rows, f=f, name=name, tensor=tensor):
+                        return f.get_tensor(name) if rows is None else tensor[rows]
+
+                    yield name, tuple(tensor.get_shape()), read
         except SafetensorError as error:
             raise ModelError(f"{os.path.join(directory, shard)} is damaged: {error}") from None
 

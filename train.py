@@ -362,7 +362,10 @@ def train(argv):
         vocabulary = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **vocabulary | model_set)
         check_fit(cfg, model_cfg, data, world)
-        model = Transformer(model_cfg)
+        with torch.device("meta"):
+            model = Transformer(model_cfg)
+        model.to_empty(device="cpu")
+        model.init_weights(model.state_dict())
     else:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         overrides = {"capacity": model_cfg.capacity} if resumed else model_set
