@@ -298,17 +298,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles: (…) int → two (…, hd / 2) float32."""
+    """cos and signed sin of every position's angles: (…) int → two (…, hd) float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    angles = positions[..., None].float() * (1.0 / theta**exponents)  # (…, hd / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split as in Qwen2: x (B, T, heads, hd); cos, sin (T, hd / 2) or (B, T, hd / 2)."""
+    """Rotary embedding, half-split as in Qwen2: x (B, T, heads, hd); cos, sin (T, hd) or (B, T, hd), of rope_tables."""
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -482,7 +482,7 @@ class RoutedBlock(Block):
         if indices.size(1) == 0:
             return x
         places = indices[..., None].expand(-1, -1, x.size(-1))  # (B, k, d)
-        rope = tuple(t[indices] for t in ctx.rope)  # (B, k, hd / 2): positions keep their original index
+        rope = tuple(t[indices] for t in ctx.rope)  # (B, k, hd): positions keep their original index
         update = self.delta(x.gather(1, places), rope, ctx.store(self.index, counts=counts))  # (B, k, d)
         if gate is not None:
             update = update * gate.gather(1, indices)[..., None]
@@ -938,9 +938,10 @@ def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.size(0) * weight.size(0) <= 1 << 25:  # 128 MB of logits in float32: whole they are a fifth faster
+    if hidden.size(0) * weight.size(0) <= 1 << 23:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-    rows = max(1, (1 << 24) // weight.size(0))  # 2^24 logits a chunk: 64 MB in float32
+    # A CPU wants chunks that it need not fetch from the system anew, a GPU wants work for all of its processors.
+    rows = max(256, (1 << 22 if kind == "cpu" else 1 << 27) // weight.size(0))
     if torch.is_grad_enabled() and hasattr(F, "linear_cross_entropy"):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, targets, options=options).float()
