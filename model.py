@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 import routers
 
 ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
@@ -316,10 +317,10 @@ class Attention(nn.Module):
         super().__init__()
         d, kv = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(d, d, bias=True)
-        self.k_proj = nn.Linear(d, kv, bias=True)
-        self.v_proj = nn.Linear(d, kv, bias=True)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = kernels.Linear(d, d, bias=True)
+        self.k_proj = kernels.Linear(d, kv, bias=True)
+        self.v_proj = kernels.Linear(d, kv, bias=True)
+        self.o_proj = kernels.Linear(d, d, bias=False)
 
     def forward(self, x, rope, store=None):
         B, T, d = x.shape
@@ -338,9 +339,9 @@ class MLP(nn.Module):
 
     def __init__(self, d: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d, width, bias=False)
-        self.up_proj = nn.Linear(d, width, bias=False)
-        self.down_proj = nn.Linear(width, d, bias=False)
+        self.gate_proj = kernels.Linear(d, width, bias=False)
+        self.up_proj = kernels.Linear(d, width, bias=False)
+        self.down_proj = kernels.Linear(width, d, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -720,7 +721,7 @@ class Transformer(nn.Module):
         losses, stats = self.collect(notes)
         logits = loss = None
         if targets is None:
-            logits = F.linear(hidden, self.head_weight)  # (B, T, V)
+            logits = kernels.linear(hidden, self.head_weight)  # (B, T, V)
         else:
             losses = {"lm": lm_loss(hidden, self.head_weight, targets)} | losses
             weighted = [getattr(self.config, f"{name}_weight") * losses[name] for name in losses if name != "lm"]
@@ -929,29 +930,12 @@ def init_parameter(name: str, parameter: torch.Tensor, layers: int):
 
 
 def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of (B, T, d) hidden states over the targets that are not −100, a scalar in float32.
-
-    The logits exist one chunk at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB.
-    """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    """Mean cross-entropy of (B, T, d) hidden states over the targets that are not −100, a scalar in float32."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.size(0) * weight.size(0) <= 1 << 23:
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-    # A CPU wants chunks that it need not fetch from the system anew, a GPU wants work for all of its processors.
-    rows = max(256, (1 << 22 if kind == "cpu" else 1 << 27) // weight.size(0))
-    if torch.is_grad_enabled() and hasattr(F, "linear_cross_entropy"):
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-        return F.linear_cross_entropy(hidden, weight, targets, options=options).float()
-
-    def chunk(h, t):
-        return F.cross_entropy(F.linear(h, weight).float(), t, reduction="sum")
-
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    total = sum(checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks)
-    return total / (targets != -100).sum()
+    return kernels.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:

@@ -86,13 +86,14 @@ def test_08_a_negative_offset_is_no_nan_and_keeps_its_gradient():
         assert torch.isfinite(o_ce.grad) and o_ce.grad.abs() > 0
 
 
-def brute_force_update(layer, x, indices, rope):
+def brute_force_update(layer, x, indices, theta):
     """Δ of one row's selected tokens, each query attending to the selected tokens up to itself, in plain matrix products."""
     attention, d = layer.self_attn, x.size(-1)
     h = layer.input_layernorm(x[indices])
     heads, hd = attention.q_proj.out_features // attention.head_dim, attention.head_dim
     q, k, v = (p(h).view(len(indices), -1, hd) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    cos, sin = (torch.cat((t[indices], t[indices]), -1)[:, None] for t in rope)
+    angles = indices[:, None] * theta ** -(torch.arange(0, hd, 2) / hd)
+    cos, sin = (torch.cat((t, t), -1)[:, None] for t in (angles.cos(), angles.sin()))
 
     def turn(t):
         return t * cos + torch.cat((-t[..., hd // 2 :], t[..., : hd // 2]), -1) * sin
@@ -113,7 +114,7 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
     """Attention among the selected tokens only, in their order, at their own positions; x + gate · Δ on them, x elsewhere."""
     model, ids = small_model(architecture), random_ids(2, 60)
     layer, seen = model.model.layers[3], {}
-    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], rope=args[1].rope, y=out[0], said=out[1]))
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0], said=out[1]))
     model(ids, routing=routing)
     mask = seen["said"].tokens["mask"]
     assert mask.any() and not mask.all()
@@ -125,7 +126,7 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
         elif architecture == "dtf":
             gate = seen["said"].tokens["G"][row][indices, None]
         expected = x.clone()
-        expected[indices] += gate * brute_force_update(layer, x, indices, seen["rope"])
+        expected[indices] += gate * brute_force_update(layer, x, indices, model.config.rope_theta)
         assert relative_error(y, expected) <= 1e-5
         assert torch.equal(y[~mask[row]], x[~mask[row]])
 
@@ -223,7 +224,7 @@ def test_10_the_attention_has_no_backward_of_its_own():
     rope = rope_tables(torch.arange(12), 8, 1e4)
     inputs = [x, *(p.weight for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))]
     direction = torch.randn(12, 32)
-    plain = torch.autograd.grad((brute_force_update(layer, x, torch.arange(12), rope) * direction).sum(), inputs)
+    plain = torch.autograd.grad((brute_force_update(layer, x, torch.arange(12), 1e4) * direction).sum(), inputs)
     ours = torch.autograd.grad((layer.delta(x[None], rope)[0] * direction).sum(), inputs)
     for got, expected in zip(ours, plain, strict=True):
         assert relative_error(got, expected) <= 1e-4

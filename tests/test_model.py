@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import SIZES, ModelConfig, ModelError, Transformer, lm_loss, sample
+from model import SIZES, ModelConfig, ModelError, Transformer, sample
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward pass
@@ -448,39 +448,6 @@ def test_the_trunk_is_one_graph_with_the_same_gradients(architecture):
     for got, grad in zip(torch.autograd.grad(traced.loss, model.parameters()), expected, strict=True):
         torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)
     assert not any("_orig_mod" in name for name in model.state_dict())
-
-
-@pytest.mark.parametrize("fallback", [False, True])
-def test_chunked_loss_equals_cross_entropy(fallback, monkeypatch):
-    if fallback:
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 200, 16, requires_grad=True), torch.randn(1 << 17, 16, requires_grad=True)
-    targets = torch.randint(0, 1 << 17, (2, 200))
-    targets[0, 7:20] = -100
-    ours = lm_loss(hidden, weight, targets)  # in two chunks
-    theirs = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    for got, expected in zip(
-        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(lm_loss(hidden, weight, targets), theirs, rtol=1e-5, atol=0)
-
-
-def test_loss_memory_is_bounded():
-    """8,192 tokens by 32,768 words would be 1 GiB of float32 logits; the process must grow by far less."""
-    code = (
-        "import resource, torch; from model import lm_loss\n"
-        "def grow(n):\n"
-        "    h, w = torch.randn(1, n, 8, requires_grad=True), torch.randn(32768, 8, requires_grad=True)\n"
-        "    lm_loss(h, w, torch.zeros(1, n, dtype=torch.long)).backward()\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = grow(64); print(grow(8192) - before)"
-    )
-    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert grown < 300_000  # KiB
 
 
 def test_thresholds_average_the_kth_score():

@@ -1,0 +1,109 @@
+"""Two operations that PyTorch's own leave slow: the linear layer on a CPU, and the loss over a large vocabulary.
+
+Plain tensors in and out, with gradients; this file knows no model. What each gains is in docs/LOG.md.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+# float32 products go to MKL, which uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it,
+# twice as fast. torch.compile calls this operator too.
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+SMALLEST = 1 << 24  # multiplications; below, what oneDNN gains is less than what it takes to prepare a new shape
+
+if AVX512:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * x_shape.numel() * weight_shape[0]
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), float32 on the CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x = product(grad, weight.t()) if needs_x else None
+        grad_weight = product(x.flatten(0, -2).t(), flat.t()).t() if needs_weight else None
+        return grad_x, grad_weight, flat.sum(0) if needs_bias else None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if AVX512 and float32 and x.device.type == "cpu" and x.numel() * weight.size(0) >= SMALLEST:
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are made with the loss, while a chunk's logits are there: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows):
+        total = 0.0
+        total = 0.0
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        share = 1 / (targets != -100).sum()  # of one token in the mean
+        for start in range(0, hidden.size(0), rows):
+            h, t = hidden[start : start + rows], targets[start : start + rows, None]
+            kept, t = t != -100, t.clamp(min=0)
+            logits = linear(h, weight).float()  # (rows, V)
+            highest, where = logits.max(-1, keepdim=True)
+            at_target = logits.gather(1, t)
+            p = torch.softmax(logits, -1)
+            # log Σ exp(logits) from the largest probability, which is at least 1 / V and cannot vanish
+            losses = highest - p.gather(1, where).log() - at_target
+            total += (losses * kept).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            p.scatter_add_(1, t, torch.full_like(at_target, -1)).mul_(kept * share)
+            p = p.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = linear(p, weight.t())
+            if ctx.needs_input_grad[1]:
+                part = linear(h.t(), p.t())  # (d, V)
+                grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total * share
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).t()
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the logits hidden · weightᵀ over the targets that are not −100, a scalar in float32.
+
+    hidden (N, d), weight (V, d), targets (N). The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a
+    vocabulary of 151,936 they would be 10 GB. A CPU wants chunks that it need not fetch from the system anew, a GPU wants
+    work for all of its processors.
+    """
+    rows = max(256, (1 << 22 if hidden.device.type == "cpu" else 1 << 27) // weight.size(0))
+    return _LinearCrossEntropy.apply(hidden, weight, targets, rows)

@@ -1,0 +1,113 @@
+"""The linear layer and the loss against PyTorch's own operators, values and gradients; and what the loss holds in memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ARCHITECTURES, random_ids
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from model import ModelConfig, Transformer
+
+
+def agree(ours, theirs, inputs, rtol=1e-5, atol=1e-5):
+    """Equal values, and equal gradients of a random direction."""
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    direction = torch.randn_like(theirs)
+    gradients = (torch.autograd.grad(y, inputs, direction.to(y.dtype)) for y in (ours, theirs))
+    for got, expected in zip(*gradients, strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_linear_layer(bias, monkeypatch):
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 50, 40, requires_grad=True), kernels.Linear(40, 70, bias)
+    calls, product = [], kernels.product
+    monkeypatch.setattr(kernels, "product", lambda *args: calls.append(args[0].shape) or product(*args))
+    for smallest in (0, kernels.SMALLEST):  # through oneDNN, and not
+        monkeypatch.setattr(kernels, "SMALLEST", smallest)
+        agree(layer(x), F.linear(x, layer.weight, layer.bias), [x, *layer.parameters()])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    assert len(calls) == (4 if kernels.AVX512 else 0)  # forward, two of backward, forward
+
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer.double()(x.double()), F.linear(x.double(), layer.weight, layer.bias))
+    assert len(calls) == (4 if kernels.AVX512 else 0)
+
+
+@pytest.mark.skipif(not kernels.AVX512, reason="this processor takes PyTorch's own path")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_large_model_computes_what_pytorchs_own_layers_compute(architecture, monkeypatch):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 600}
+    model, ids = Transformer(ModelConfig(architecture=architecture, **shape)).train(), random_ids(4, 256)
+    results = []
+    for smallest in (kernels.SMALLEST, 1 << 62):
+        monkeypatch.setattr(kernels, "SMALLEST", smallest)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(ids, ids).loss
+            grads = torch.autograd.grad(loss, model.parameters())
+        counted = sum(
+            n for operation, n in counter.get_flop_counts()["Global"].items() if "linear_pointwise" in str(operation)
+        )
+        results.append((loss, grads, counter.get_total_flops(), counted))
+    (loss, grads, flops, counted), (own_loss, own_grads, own_flops, none) = results
+    torch.testing.assert_close(loss, own_loss)
+    for got, expected in zip(grads, own_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert flops == own_flops and counted > 0.5 * flops and none == 0
+
+
+@pytest.mark.parametrize("vocab", [97, 1 << 17])
+def test_the_loss_equals_cross_entropy(vocab):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
+    targets = torch.randint(0, vocab, (400,))
+    targets[7:20] = -100
+    ours = kernels.linear_cross_entropy(hidden, weight, targets)  # in two chunks
+    theirs = F.cross_entropy(F.linear(hidden, weight), targets)
+    agree(ours, theirs, (hidden, weight), atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.linear_cross_entropy(hidden, weight, targets), theirs, rtol=1e-5, atol=0)
+    only = kernels.linear_cross_entropy(hidden, weight.detach(), targets)  # a frozen head
+    agree(only, F.cross_entropy(F.linear(hidden, weight.detach()), targets), [hidden], atol=1e-6)
+
+
+def test_the_loss_of_extreme_and_of_half_precise_logits():
+    targets = torch.tensor([0, 1, 2])
+    for scale in (1e4, -1e4):  # a target of probability zero: its loss is the difference of the logits
+        hidden, weight = torch.ones(3, 1), scale * torch.tensor([[1.0], [2.0], [3.0]])
+        expected = F.cross_entropy((hidden @ weight.t()).double(), targets)
+        assert kernels.linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(300, 16), torch.randn(50, 16), torch.randint(0, 50, (300,))
+    half = [t.bfloat16().requires_grad_() for t in (hidden, weight)]
+    exact = [t.detach().double().requires_grad_() for t in half]
+    ours, theirs = kernels.linear_cross_entropy(*half, targets), F.cross_entropy(F.linear(*exact), targets)
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(theirs.item(), rel=5e-3)
+    for got, expected in zip(torch.autograd.grad(ours, half), torch.autograd.grad(theirs, exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), expected, rtol=0.03, atol=0.02 * expected.abs().max().item())
+
+
+def test_loss_memory_is_bounded():
+    """8,192 tokens by 32,768 words would be 1 GiB of float32 logits; the process must grow by far less."""
+    code = (
+        "import resource, torch; from kernels import linear_cross_entropy\n"
+        "def grow(n):\n"
+        "    h, w = torch.randn(n, 8, requires_grad=True), torch.randn(32768, 8, requires_grad=True)\n"
+        "    linear_cross_entropy(h, w, torch.zeros(n, dtype=torch.long)).backward()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = grow(64); print(grow(8192) - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 300_000  # KiB
