@@ -1,7 +1,9 @@
-"""Two operations that PyTorch's own leave slow: the linear layer on a CPU, and the loss over a large vocabulary.
+"""What PyTorch leaves slow: the linear layer and the heap on a CPU, and the loss over a large vocabulary.
 
 Plain tensors in and out, with gradients; this file knows no model. What each gains is in docs/LOG.md.
 """
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,18 @@ if AVX512:
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), float32 on the CPU."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def keep_heap():
+    """Lets this process keep the memory that it has freed, up to 2 GiB, where its C library is glibc.
+
+    Else glibc hands every large tensor back to the system, and the next one of that size arrives page by page: a tenth to
+    a fifth of a training step on the CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, mmap_max = -1, -4  # their names in malloc.h
+        mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_max, 0)
 
 
 class _Linear(torch.autograd.Function):

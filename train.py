@@ -33,6 +33,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
+from kernels import keep_heap
 from model import SIZES, ModelConfig, ModelError, Transformer
 
 
@@ -244,6 +245,8 @@ def pick_device(cfg, local_rank, world):
             raise ConfigError(f"rank {local_rank} finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if name == "cpu":
+        keep_heap()
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported())
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     return device, torch.autocast(name, torch.bfloat16) if bf16 else nullcontext()
