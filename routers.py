@@ -26,7 +26,8 @@ def shift(x: torch.Tensor) -> torch.Tensor:
 
 def mean_square(x: torch.Tensor) -> torch.Tensor:
     """‖x‖² / d of every token: (B, T, d) → (B, T) float32. D_st of an update, D_ch of update − prediction."""
-    return x.float().square().mean(-1)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square() / x.size(-1)
 
 
 def moving_average(d: torch.Tensor, window: int, history: torch.Tensor | None = None, seen=0) -> torch.Tensor:
