@@ -1,10 +1,13 @@
 # make demo   text, four models, one report: out/demo/report.md
 # make test   the project's tests
 # make lint   ruff
+# make bench  the speed suite, compared with docs/benchmarks/baseline.json (deleted, it is made anew)
 PYTHON := .venv/bin/python
+SHAPE := --hidden_size=512 --num_hidden_layers=8 --num_attention_heads=8 --num_key_value_heads=2 \
+	--intermediate_size=1408 --vocab_size=8192
 RUNS := out/demo/dense out/demo/mod out/demo/dtf out/demo/stt
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 demo: .venv/installed
 	$(PYTHON) prepare.py
 	for run in $(RUNS); do $(PYTHON) train.py config/demo.py --architecture=$$(basename $$run) --out_dir=$$run --resume=auto || exit; done
@@ -16,6 +19,9 @@ test: .venv/installed
 lint: .venv/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+bench: .venv/installed
+	$(PYTHON) bench.py $(SHAPE) --seq_len=1024 --batch_size=1 --threads=2 --baseline=docs/benchmarks/baseline.json
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

@@ -10,7 +10,7 @@
 
 Tasks are speed, flops, perplexity and capacity; the suites general, math, code and quick_test; names of lm-eval tasks; and
 folders of lm-eval task files. Each prints a table; the last line is all of it as JSON. Exit status 1: a task could
-not be run (it is named on stderr), the others were.
+not be run (it is named on stderr), the others were; or something is slower than in the baseline.
 
 In the speed table, ratio is the time over our dense model's; promised is the same ratio in FLOPs, or in bytes read for
 decoding; efficiency is promised / ratio; "vs hf" is the time of transformers, not compiled, over the row's. Ratios are
@@ -77,6 +77,7 @@ class BenchConfig:
     warmup: int = 1  # speed, capacity: rounds before them
     decode_steps: int = 16  # speed, capacity: tokens that a round of decoding generates
     compile: bool = False  # speed: torch.compile rows for train and forward too
+    baseline: str = ""  # speed: compare with this JSON file of an earlier run, made if missing; 5 % worse: exit status 1
     profile: bool = False  # speed: write a Chrome trace of one training step of every variant to out/trace.json
 
     text: str = "data/stdlib"  # perplexity, capacity: a token folder (its validation split) or a UTF-8 text file
@@ -410,6 +411,30 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
         print(f"{name:22}" + "".join(f"{values[column]:20,.9g}" if column in values else f"{'n/a':>20}"
                                      for column in columns))  # fmt: skip
     return {"rows": rows, "memory": memory}
+
+
+def regressions(speed: dict, facts: dict, path: str) -> list[str]:
+    """What is slower by more than 5 % than the run that `path` holds: our time over dense's, or over transformers'."""
+    with open(path, encoding="utf-8") as f:
+        before = json.load(f)
+    try:
+        if before["speed"]["model"] != speed["model"]:
+            raise ConfigError(f"baseline={path} is of another shape: give the keys it was made with, or another file")
+        then = {(row["measure"], row["variant"], row["compiled"]): row for row in before["speed"]["rows"]}
+        machine = "device", "threads", "packages"
+        if any(before[name] != facts[name] for name in machine):
+            say(f"note: {path} was measured on another machine, or with other versions: ratios may differ for that")
+    except (KeyError, TypeError) as e:
+        raise ConfigError(f"baseline={path} holds no results of bench.py's speed suite: {e!r}") from None
+    found = []
+    for row in speed["rows"]:
+        key = row["measure"], row["variant"], row["compiled"]
+        for what, sign in (("ratio", 1), ("vs_hf", -1)) if key in then else ():
+            now, old = row[what], then[key][what]
+            if (now / old) ** sign > 1.05 and row["variant"] != "transformers":
+                name = " ".join([*key[:2], *(["compiled"] if key[2] else [])])
+                found.append(f"{name}: {what} {old:.3f} → {now:.3f}")
+    return found
 
 
 def print_speed(rows: list[dict]):
@@ -941,12 +966,16 @@ def main(argv):
     else:
         shape = ModelConfig.preset(cfg.size, **{"architecture": "mod"} | model_set)
         names = [shape.architecture] if "architecture" in model_set else ARCHITECTURES
-    document, missing = about(cfg, device), []
+    document, missing, worse = about(cfg, device), [], []
     if "flops" in own:
         document["flops"] = flops(cfg, {name: variant(shape, name) for name in names})
     if "speed" in own:
         models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
         document["speed"] = speed(cfg, models, device, autocast, dtype, peak) | {"model": shape.to_dict()}
+        if cfg.baseline and os.path.exists(cfg.baseline):
+            worse = regressions(document["speed"], document, cfg.baseline)
+        elif cfg.baseline:
+            write_json(document, cfg.baseline)
     if model:
         model.to(dtype)
     if "perplexity" in own:
@@ -973,6 +1002,9 @@ def main(argv):
         dist.destroy_process_group()
     if missing:
         say(f"error: {len(missing)} of {len(tasks)} tasks could not be run: {', '.join(missing)}")
+    for line in worse:
+        say(f"slower than {cfg.baseline} by more than 5 %: {line}")
+    if missing or worse:
         sys.exit(1)
 
 
