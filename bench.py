@@ -77,7 +77,9 @@ class BenchConfig:
     warmup: int = 1  # speed, capacity: rounds before them
     decode_steps: int = 16  # speed, capacity: tokens that a round of decoding generates
     compile: bool = False  # speed: torch.compile rows for train and forward too
-    baseline: str = ""  # speed: compare with this JSON file of an earlier run, made if missing; 5 % worse: exit status 1
+    baseline: str = (
+        ""  # speed: compare with this JSON file of an earlier run, made if missing; 5 % worse: exit status 1
+    )
     profile: bool = False  # speed: write a Chrome trace of one training step of every variant to out/trace.json
 
     text: str = "data/stdlib"  # perplexity, capacity: a token folder (its validation split) or a UTF-8 text file

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 # float32 products go to MKL, which uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it,
 # twice as fast. torch.compile calls this operator too.
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-SMALLEST = 1 << 24  # multiplications; below, what oneDNN gains is less than what it takes to prepare a new shape
+# It takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
+# decoding step, whose shapes come again and again.
+SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
 
 if AVX512:
 
@@ -58,9 +60,12 @@ class _Linear(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if AVX512 and float32 and x.device.type == "cpu" and x.numel() * weight.size(0) >= SMALLEST:
-        return _Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if not (AVX512 and float32 and x.device.type == "cpu"):
+        return F.linear(x, weight, bias)
+    few = x.numel() <= FEW_ROWS * x.size(-1) and weight.numel() >= LARGE_WEIGHT
+    if not few and x.numel() * weight.size(0) < SMALLEST:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -525,17 +525,16 @@ class SurprisedBlock(RoutedBlock):
         """G of (B, T) surprises, noting how it came about."""
         window, state = self.config.ma_window, ctx.cache.layers[self.index].state if ctx.cache else None
         if ctx.decoding:
-            average = routers.moving_average(d_st, window, state["history"], seen=ctx.positions)
-            state["history"] = torch.cat((state["history"], d_st), dim=1)[:, 1:]
+            average = routers.next_average(d_st, state["ring"], ctx.positions)
         else:
             average = routers.moving_average(d_st, window)
-            if ctx.cache:  # the window − 1 values before the next token, zeros where there are fewer
+            if ctx.cache:
                 ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
-                places = ends + torch.arange(window - 1, device=d_st.device)
-                state["history"] = F.pad(d_st, (window - 1, 0)).gather(1, places)  # (B, window − 1)
+                state["ring"] = routers.last_values(d_st, ends, window)  # (B, window)
         g, s_ce, s_cu = self.router(d_st, d_ch, average)
         notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
-        notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
+        if not ctx.decoding:  # of one token they say nothing, and cost as much as the gate
+            notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
         return g
 
 

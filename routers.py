@@ -30,16 +30,28 @@ def mean_square(x: torch.Tensor) -> torch.Tensor:
     return norm.square() / x.size(-1)
 
 
-def moving_average(d: torch.Tensor, window: int, history: torch.Tensor | None = None, seen=0) -> torch.Tensor:
+def moving_average(d: torch.Tensor, window: int) -> torch.Tensor:
     """Mean of the last `window` values, the current one included, fewer at the start: (B, T) → (B, T).
 
-    history: (B, window − 1) values of the tokens before d, zeros where there were none; seen: (B, 1), how many.
     Sums each window afresh. A difference of running totals would be cheaper and wrong: after a first value of 1e6, usual
     in real checkpoints, float32 has no digits left for the ordinary values that follow.
     """
-    padded = F.pad(d, (window - 1, 0)) if history is None else torch.cat((history, d), dim=-1)
-    count = (torch.arange(1, d.size(-1) + 1, device=d.device) + seen).clamp(max=window)
-    return padded.unfold(-1, window, 1).sum(-1) / count
+    count = torch.arange(1, d.size(-1) + 1, device=d.device).clamp(max=window)
+    return F.pad(d, (window - 1, 0)).unfold(-1, window, 1).sum(-1) / count
+
+
+def last_values(d: torch.Tensor, ends: torch.Tensor, window: int) -> torch.Tensor:
+    """The ring for `next_average`: (B, T) → (B, window), place t % window holding value t of the last ones before ends (B, 1)."""
+    slots = torch.arange(window, device=d.device)
+    times = ends - 1 - (ends - 1 - slots) % window  # the newest time before `ends` that falls on each place
+    return d.gather(1, times.clamp(min=0)) * (times >= 0)
+
+
+def next_average(d: torch.Tensor, ring: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`moving_average` at one more token a row: d (B, 1) at positions (B, 1) enters the ring (B, window) → (B, 1)."""
+    window = ring.size(1)
+    ring.scatter_(1, positions % window, d)
+    return ring.sum(1, keepdim=True) / (positions + 1).clamp(max=window)
 
 
 def gate_of_surprise(d_st, d_ch, average, beta_ce, beta_cu, o_ce, m_cu):

@@ -35,13 +35,14 @@ def test_moving_average_is_the_mean_of_the_window(window):
         torch.testing.assert_close(got[:, t], d[:, max(0, t - window + 1) : t + 1].mean(1))
 
 
-def test_moving_average_continues_from_its_history():
-    d, window = torch.rand(2, 30), 8
+def test_the_next_average_is_that_of_the_whole_sequence():
+    d, window, seen = torch.rand(3, 30), 7, [20, 3, 7]
     whole = routers.moving_average(d, window)
-    for seen in (2, 12):
-        history = torch.nn.functional.pad(d[:, :seen], (window - 1, 0))[:, -(window - 1) :]
-        rest = routers.moving_average(d[:, seen:], window, history, torch.full((2, 1), seen))
-        torch.testing.assert_close(rest, whole[:, seen:])
+    ring = routers.last_values(d, torch.tensor(seen)[:, None], window)
+    for step in range(10):
+        at = torch.tensor(seen)[:, None] + step  # rows stand at different places
+        got = routers.next_average(d.gather(1, at), ring, at)
+        torch.testing.assert_close(got, whole.gather(1, at))
 
 
 def test_surprise_gate_gradients_reach_all_four_scalars():
