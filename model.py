@@ -260,7 +260,7 @@ class Context:
 
     routing: str  # "topk" or "causal"
     positions: torch.Tensor  # (T), or (B, 1) in a decoding step
-    rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, hd), or (B, 1, hd) in a decoding step
+    rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, 1, hd), or (B, 1, 1, hd) in a decoding step
     lengths: list[int] | None  # tokens of each right-padded row, None without padding
     cache: Cache | None
     decoding: bool  # one new token a row, behind a filled cache
@@ -299,16 +299,16 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of every position's angles: (…) int → two (…, hd) float32."""
+    """cos and signed sin of every position's angles, the same for every head: (…) int → two (…, 1, hd) float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)  # (…, hd / 2)
+    angles = positions[..., None, None].float() * (1.0 / theta**exponents)  # (…, 1, hd / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split as in Qwen2: x (B, T, heads, hd); cos, sin (T, hd) or (B, T, hd), of rope_tables."""
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    """Rotary embedding, half-split as in Qwen2: x (B, T, heads, hd); cos, sin (T, 1, hd) or (B, T, 1, hd)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -473,18 +473,17 @@ class RoutedBlock(Block):
             rows = [r for r, selected in enumerate(counts) if selected]
             if not rows:
                 return x
-            at = torch.tensor(rows, device=x.device) if len(rows) < len(counts) else slice(None)
-            update = self.delta(x[at], tuple(t[at] for t in ctx.rope), ctx.store(self.index, rows=rows))  # (rows, 1, d)
+            some = torch.tensor(rows, device=x.device) if len(rows) < len(counts) else None
+            here, rope = (x, ctx.rope) if some is None else (x[some], tuple(t[some] for t in ctx.rope))
+            update = self.delta(here, rope, ctx.store(self.index, rows=rows))  # (rows, 1, d)
             if gate is not None:
-                update = update * gate[at][..., None]
-            y = x.clone()
-            y[at] += update
-            return y
+                update = update * (gate if some is None else gate[some])[..., None]
+            return x + update if some is None else x.index_add(0, some, update.to(x.dtype))
         if indices.size(1) == 0:
             return x
         B, T, d = x.shape
         flat, places = x.flatten(0, 1), (indices + T * torch.arange(B, device=x.device)[:, None]).flatten()  # (B·k)
-        rope = tuple(t[indices] for t in ctx.rope)  # (B, k, hd): positions keep their original index
+        rope = tuple(t[indices] for t in ctx.rope)  # (B, k, 1, hd): positions keep their original index
         packed = flat.index_select(0, places).view(B, -1, d)  # (B, k, d); whole rows move: twenty times gather's speed
         update = self.delta(packed, rope, ctx.store(self.index, counts=counts))
         if gate is not None:

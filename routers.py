@@ -102,10 +102,17 @@ def inverse_softplus(value: float) -> float:
 # Learned scores
 
 
+def float32_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x · weightᵀ in float32, under autocast too: (…, n), (m, n) → (…, m)."""
+    if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a decoding step's product
+        return F.linear(x.float(), weight.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
 def linear_score(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """MoD's router r_t = w·x_t (Raposo et al. 2024, section 3.4): (B, T, d), (1, d) → (B, T) float32."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float()).squeeze(-1)
+    return float32_linear(x, weight).squeeze(-1)
 
 
 def causal_logits(x, weight, bias, previous=None):
@@ -116,10 +123,9 @@ def causal_logits(x, weight, bias, previous=None):
     previous: (B,) that number, or None at the start of a sequence.
     Returns (logits (B, T) float32, the number of every token (B, T) for the next call).
     """
-    with torch.autocast(x.device.type, enabled=False):
-        now, before = F.linear(x.float(), weight.float().view(2, -1)).unbind(-1)  # (B, T) each
-        shifted = shift(before) if previous is None else previous[:, None]
-        return now + shifted + bias.float(), before
+    now, before = float32_linear(x, weight.view(2, -1)).unbind(-1)  # (B, T) each
+    shifted = shift(before) if previous is None else previous[:, None]
+    return now + shifted + bias.float(), before
 
 
 def straight_through(gate: torch.Tensor) -> torch.Tensor:
