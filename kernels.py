@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 # float32 products go to MKL, which uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it,
-# twice as fast. torch.compile calls this operator too.
+# twice as fast. Its operator is the one that torch.compile puts into models for inference.
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 # It takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
 # decoding step, whose shapes come again and again.
@@ -26,7 +26,20 @@ if AVX512:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), float32 on the CPU."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("nanodtf::product", mutates_args=())
+def _opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same for the compiler, which asks of an operator that it knows that the weights be constants."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
 def keep_heap():

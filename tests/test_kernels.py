@@ -44,6 +44,15 @@ def test_the_linear_layer(bias, monkeypatch):
     assert len(calls) == (4 if kernels.AVX512 else 0)
 
 
+def test_the_linear_layer_compiled(monkeypatch):
+    """By the real compiler, which knows oneDNN's operator and refuses it in training."""
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 50, 40, requires_grad=True), kernels.Linear(40, 70)
+    ours = torch.compile(layer, fullgraph=True)(x)
+    agree(ours, F.linear(x, layer.weight, layer.bias), [x, *layer.parameters()])
+
+
 @pytest.mark.skipif(not kernels.AVX512, reason="this processor takes PyTorch's own path")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_large_model_computes_what_pytorchs_own_layers_compute(architecture, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from model import SIZES, ModelConfig, ModelError, Transformer, sample
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,9 +436,11 @@ def test_gradient_checkpointing_changes_no_gradient(architecture):
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
+@pytest.mark.parametrize("smallest", [0, 1 << 62])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_trunk_is_one_graph_with_the_same_gradients(architecture):
+def test_the_trunk_is_one_graph_with_the_same_gradients(architecture, smallest, monkeypatch):
     """fullgraph refuses any graph break; aot_eager traces forward and backward like the compiler, without compiling."""
+    monkeypatch.setattr(kernels, "SMALLEST", smallest)
     model, ids = small_model(architecture, num_hidden_layers=2).train(), random_ids(2, 40)
     eager = model(ids, ids)
     expected = torch.autograd.grad(eager.loss, model.parameters())
