@@ -3,32 +3,40 @@
     <out_dir>/step_0001000/
         config.json, model.safetensors, tokenizer.json     what any model directory holds
         optimizer.pt       AdamW's state (tensors only: read with weights_only=True)
-        ranks.pt           per rank: random generators, and the sums of the metrics not yet logged
+        shard-*.safetensors   instead of these two, where --parallel=fsdp: each rank's share of weights and AdamW's state,
+                              by torch.distributed.checkpoint
+        ranks.pt           per rank: random generators, and the metrics not yet logged
         state.json         step, tokens, flops, losses, config, data, W&B id, world size
         checksums.json     SHA-256 of every other file
 
-A step is written as step_0001000.partial, flushed to disk, then renamed: a plain name is a complete checkpoint. One that
-was damaged later is named and the one before it is used.
+What is saved is first copied to the host's memory; training goes on while it is written, as step_0001000.partial, flushed
+to disk, then renamed: a plain name is a complete checkpoint. One that was damaged later is named and the one before it is
+used. Either kind is resumed on any number of ranks, sharded or not.
 
     python checkpoint.py export STEP_DIR OUT_DIR     weights, config and tokenizer of a saved step, nothing else
 """
 
+import copy
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from configurator import ConfigError, cli
-from model import ModelError, Transformer
+from model import ModelConfig, ModelError, Transformer, local_rows
 
-NEEDED = {"config.json", "optimizer.pt", "ranks.pt", "state.json"}  # and the weights, whatever their shards are called
+NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
+WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
 
 
 class CheckpointError(ValueError):
@@ -66,9 +74,13 @@ def written_whole(path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_model(model, directory, tokenizer_dir):
-    """A model directory: weights and config from the model, the tokenizer copied from `tokenizer_dir`."""
-    model.save_pretrained(directory)
+def write_model(model, directory, tokenizer_dir, state_dict=None):
+    """A model directory: weights (or `state_dict`) and config from the model, the tokenizer from `tokenizer_dir`."""
+    model.save_pretrained(directory, state_dict)
+    copy_tokenizer(tokenizer_dir, directory)
+
+
+def copy_tokenizer(tokenizer_dir, directory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (Path(tokenizer_dir) / name).exists():
             shutil.copyfile(Path(tokenizer_dir) / name, Path(directory) / name)
@@ -85,21 +97,81 @@ def steps(run):
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def save(out_dir, state, model, optimizer, ranks, tokenizer_dir, keep_last):
-    """Write `<out_dir>/step_{state["step"]:07d}`, then drop all but the last `keep_last` and the best one.
+def save(out_dir, state, model, optimizer, mine, tokenizer_dir, keep_last, lines=(), group=None):
+    """Begin to write `<out_dir>/step_{state["step"]:07d}` as everything is now; every rank calls it.
 
-    `state` is what state.json holds; its "val_loss" is that of this step, or None. `ranks` is a list of one dict of
-    tensors per rank. Returns the path. Raises CheckpointError with every earlier checkpoint untouched.
+    state: what state.json holds; its "val_loss" is that of this step, or None. mine: this rank's part of ranks.pt, a dict
+    of tensors. lines: of metrics.jsonl, which go first: no checkpoint without the metrics up to it. group: a gloo group
+    of its own where the model is sharded. When the step is there, all but the last `keep_last` and the best are dropped.
+    Returns a future: the path, or CheckpointError with every earlier checkpoint untouched.
     """
-    path = Path(out_dir) / f"step_{state['step']:07d}"
-    with written_whole(path) as partial:
-        write_model(model, partial, tokenizer_dir)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(ranks, partial / "ranks.pt")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        sums = {file.name: digest(file) for file in sorted(partial.iterdir())}
-        (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+    path, partial = (Path(out_dir) / f"step_{state['step']:07d}{end}" for end in ("", ".partial"))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    begun, problem, metrics = ExitStack(), None, Path(out_dir) / "metrics.jsonl"
+    if rank == 0:
+        try:
+            if lines:
+                append_lines(metrics, lines)
+            if metrics.exists():
+                flush(metrics)
+            begun.enter_context(written_whole(path))
+            if group is not None:
+                model.save_config(partial)
+        except (CheckpointError, OSError) as e:
+            problem = str(e)
+    ranks = [(mine, problem)] * world
+    if world > 1:
+        dist.all_gather_object(ranks, (mine, problem))
+    if problem := ranks[0][1]:
+        future = Future()
+        future.set_exception(CheckpointError(problem))
+        return future
 
+    def finish(write):
+        with begun:  # on the other ranks there is nothing to finish
+            write()
+            if rank == 0:
+                torch.save([each for each, _ in ranks], partial / "ranks.pt")
+                (partial / "state.json").write_text(json.dumps(state, indent=1))
+                sums = {file.name: digest(file) for file in sorted(partial.iterdir())}
+                (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+        if rank == 0:
+            drop_old(out_dir, keep_last)
+        return path
+
+    if group is not None:
+        import torch.distributed.checkpoint as dcp
+
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        tensors = named_state(model, optimizer)
+        writing = dcp.async_save(tensors, storage_writer=writer, process_group=group)
+
+        def write():
+            try:
+                writing.result()
+            except dcp.CheckpointException as e:  # a BaseException that holds those of all ranks
+                raise CheckpointError(f"cannot write {path}: {next(iter(e.failures.values()))[0]}") from e
+            if rank == 0:
+                copy_tokenizer(tokenizer_dir, partial)
+
+    elif rank == 0:
+        then = copy.copy(model)  # its configuration may change while it is written
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        stored = optimizer.state_dict()
+        for i, tensors in stored["state"].items():
+            stored["state"][i] = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+
+        def write():
+            write_model(then, partial, tokenizer_dir, weights)
+            torch.save(stored, partial / "optimizer.pt")
+
+    else:
+        write = int  # the main rank writes
+    return WRITER.submit(finish, write)
+
+
+def drop_old(out_dir, keep_last):
+    """Delete all checkpoints but the last `keep_last` and the one with the best validation loss."""
     losses = {}
     for step in steps(out_dir):
         try:
@@ -110,7 +182,66 @@ def save(out_dir, state, model, optimizer, ranks, tokenizer_dir, keep_last):
     for step in list(losses)[:-keep_last]:
         if step != best:
             shutil.rmtree(step, ignore_errors=True)
-    return path
+
+
+def named_state(model, optimizer):
+    """The tensors of a sharded checkpoint: weights under their names, AdamW's state under exp_avg/<name> and so on."""
+    tensors = dict(model.state_dict())
+    for name, p in model.named_parameters():
+        tensors |= {f"{key}/{name}": tensor for key, tensor in optimizer.state.get(p, {}).items()}
+    return tensors
+
+
+def is_sharded(path):
+    return any(Path(path).glob("shard-*.safetensors"))
+
+
+def read_shards(path, tensors):
+    """Fill `tensors`, by name, from a sharded checkpoint: whole ones, or a rank's rows of sharded ones."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def load_model(path, shard=None, **config_overrides):
+    """The model of a checkpoint; `shard` as in Transformer.from_pretrained."""
+    if not is_sharded(path):
+        return Transformer.from_pretrained(path, shard=shard, **config_overrides)
+    with torch.device("meta"):
+        config = json.loads((Path(path) / "config.json").read_text())
+        model = Transformer(ModelConfig.from_dict(config, **config_overrides))
+    if shard is None:
+        model.to_empty(device="cpu")
+    else:
+        shard(model)
+    read_shards(path, model.state_dict())
+    return model
+
+
+def load_optimizer(path, model, optimizer):
+    """Fill AdamW's state from a checkpoint of the same parameters; rates and decay stay what they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {p: name for name, p in model.named_parameters()}
+    if is_sharded(path):
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        there = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        there = [p for p in parameters if f"exp_avg/{names[p]}" in there]
+    else:  # memory-mapped: a rank reads its rows
+        stored = torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)["state"]
+        there = [p for i, p in enumerate(parameters) if i in stored]
+    for p in there:
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
+        optimizer.state[p] |= {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    if is_sharded(path):
+        read_shards(path, {f"{key}/{names[p]}": t for p in there for key, t in optimizer.state[p].items()})
+        return
+    for i, p in enumerate(parameters):
+        for key, tensor in optimizer.state.get(p, {}).items():
+            mine, rows = local_rows(tensor)
+            mine.copy_(stored[i][key] if rows is None else stored[i][key][rows])
 
 
 def read_state(path):
@@ -129,7 +260,8 @@ def verify(path):
         sums = None
     if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums):
         raise CheckpointError(f"checkpoint {path} is damaged: checksums.json is missing or unreadable")
-    for name in sorted(NEEDED | set(sums)):
+    whole = {"optimizer.pt"} if not any(name.startswith("shard-") for name in sums) else set()
+    for name in sorted(NEEDED | whole | set(sums)):
         try:
             intact = digest(Path(path) / name) == sums.get(name)
         except OSError:
@@ -214,6 +346,36 @@ def append_lines(path, lines):
     lines.clear()
 
 
+def export(step_dir, out_dir, shard_bytes=5 * 10**9):
+    """The model directory of a checkpoint. Of a sharded one `shard_bytes` are in memory at a time, a file of the result."""
+    with written_whole(out_dir) as partial:
+        if not is_sharded(step_dir):
+            return write_model(Transformer.from_pretrained(step_dir), partial, step_dir)
+        from safetensors.torch import save_file
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        copy_tokenizer(step_dir, partial)
+        shutil.copyfile(Path(step_dir) / "config.json", partial / "config.json")
+        stored = HuggingFaceStorageReader(str(step_dir)).read_metadata().state_dict_metadata
+        files, size = [[]], 0
+        for name in sorted(name for name in stored if "/" not in name):
+            size += stored[name].size.numel() * stored[name].properties.dtype.itemsize
+            if size > shard_bytes and files[-1]:
+                files.append([])
+                size = stored[name].size.numel() * stored[name].properties.dtype.itemsize
+            files[-1].append(name)
+        where = {}
+        for i, names in enumerate(files):
+            end = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+            tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+            read_shards(step_dir, tensors)
+            save_file(tensors, partial / f"model{end}.safetensors", metadata={"format": "pt"})
+            where |= dict.fromkeys(names, f"model{end}.safetensors")
+        if len(files) > 1:
+            index = {"metadata": {}, "weight_map": where}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
 def main(argv):
     if not argv or argv[0] in ("--help", "-h"):
         return print(__doc__.strip())
@@ -223,10 +385,9 @@ def main(argv):
     if out_dir.exists():
         raise ConfigError(f"{out_dir} already exists: export writes a new directory")
     verify(step_dir)
-    model = Transformer.from_pretrained(step_dir)
-    with written_whole(out_dir) as partial:
-        write_model(model, partial, step_dir)
-    print(f"{out_dir}: {model.config.architecture} of step {read_state(step_dir)['step']}", file=sys.stderr)
+    export(step_dir, out_dir)
+    architecture = json.loads((out_dir / "config.json").read_text())["architecture"]
+    print(f"{out_dir}: {architecture} of step {read_state(step_dir)['step']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

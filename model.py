@@ -842,9 +842,13 @@ class Transformer(nn.Module):
 
         os.makedirs(directory, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
-        dtype = str(self.head_weight.dtype).removeprefix("torch.")
         with replacing(os.path.join(directory, "model.safetensors")) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+        self.save_config(directory)
+
+    def save_config(self, directory: str):
+        """Writes config.json."""
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
         with replacing(os.path.join(directory, "config.json")) as temporary, open(temporary, "w") as f:
             json.dump(self.config.to_dict() | {"dtype": dtype}, f, indent=2)
 

@@ -3,10 +3,11 @@
     python train.py                                              a small dense model on data/stdlib
     python train.py config/demo.py --architecture=dtf            a config file, then keys; a later one wins
     torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py
+    torchrun --standalone --nproc_per_node=8 train.py config/dtf_7b.py    sharded: config says parallel = "fsdp"
     python train.py config/demo.py --resume=auto                 go on where the run in out_dir stopped
 
-A resumed run takes every key that is not given from its checkpoint, and continues to the same bits. Ctrl-C, SIGTERM and
-SIGUSR1 end the step, save and stop; a second Ctrl-C stops at once. In <out_dir>: metrics.jsonl, step_*/ (checkpoints)
+A resumed run takes every key that is not given from its checkpoint, and continues to the same bits. Ctrl-C, SIGTERM,
+SIGUSR1 and --max_seconds end the step, save and stop; a second Ctrl-C stops at once. In <out_dir>: metrics.jsonl, step_*/ (checkpoints)
 and, after the last step, final_model/.
 """
 
@@ -30,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
@@ -49,6 +51,7 @@ class TrainConfig:
     batch_size: int = 8  # sequences of a micro-batch, on one device
     grad_accum_steps: int = 1  # micro-batches of a step, of the whole job: they are divided over the ranks
     max_steps: int = 600  # optimizer steps
+    max_seconds: float = 0.0  # save and stop after so long, to go on with --resume=auto (0: no limit)
     eval_interval: int = 100  # steps between evaluations (0: only before the first step and after the last)
     eval_batches: int = 8  # micro-batches of validation text in an evaluation, of the whole job
     log_interval: int = 10  # steps between two lines of metrics: the device is read no more often
@@ -73,6 +76,8 @@ class TrainConfig:
     dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile
     gradient_checkpointing: bool = False  # less memory, a third more compute
+    parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
+    offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
 
     eval_tasks: list[str] = field(
         default_factory=list
@@ -89,6 +94,7 @@ class TrainConfig:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
         for name in (
             "max_steps",
+            "max_seconds",
             "eval_interval",
             "save_interval",
             "capacity_anneal_steps",
@@ -102,6 +108,10 @@ class TrainConfig:
                 problems.append(f"{name}={getattr(self, name)} must lie in [0, 1]")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype={self.dtype!r} is not one of auto, float32, bfloat16")
+        if self.parallel not in ("ddp", "fsdp"):
+            problems.append(f"parallel={self.parallel!r} is not one of ddp, fsdp")
+        if self.offload and self.parallel != "fsdp":
+            problems.append("offload=True needs parallel=fsdp")
         if (self.capacity_start is None) != (self.capacity_anneal_steps == 0):
             problems.append("capacity_start and capacity_anneal_steps need each other: set both or none")
         if self.lr_base is None:
@@ -117,6 +127,8 @@ class TrainError(ValueError):
 # What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
 # the data, and batch_size · grad_accum_steps (their product alone decides which sequences make a step).
 FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps")
+
+OUT_OF_TIME = signal.SIGALRM  # what --max_seconds is among the signals
 
 # Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first name that
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
@@ -168,6 +180,24 @@ def perplexity(loss):
     return math.exp(min(loss, 700.0))  # e^710 is no float
 
 
+def spikes(table, step, recent, sequences):
+    """Steps whose loss is not finite or beyond 6 standard deviations of those before: what to look at in the data.
+
+    table: a row per step up to `step`, the loss first and whether the update was skipped last. recent: a deque of the
+    losses before, which those of the table join. sequences: of a step; their numbers are what `data.py show` takes.
+    """
+    found = []
+    for number, (loss, *_, bad) in enumerate(table, step - len(table)):  # 0-based, as the data is
+        mean = sum(recent) / max(1, len(recent))
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / max(1, len(recent)))
+        if bad or (len(recent) >= 20 and loss > mean + 6 * deviation):
+            first_last = [number * sequences, (number + 1) * sequences - 1]
+            found.append({"step": number + 1, "loss": loss if math.isfinite(loss) else None, "sequences": first_last})
+        if not bad:
+            recent.append(loss)
+    return found
+
+
 def param_groups(model, cfg):
     """Every trainable parameter in exactly one of AdamW's groups: by its name, and decayed if it is a matrix."""
     groups = {}
@@ -208,18 +238,23 @@ def batches(data, firsts, count, device):
 def evaluate(model, data, cfg, device, autocast, rank, world):
     """Mean loss of the first eval_batches micro-batches of validation text, under both routings: two floats.
 
-    The batches are divided over the ranks, so every rank must call this; a short validation split is read once.
+    The batches are divided over the ranks, which run in step: one that has none left repeats the last, for nothing.
+    A short validation split is read once.
     """
     count = min(cfg.batch_size, len(data))
     n = min(cfg.eval_batches, len(data) // count)
+    mine = range(rank, -(-n // world) * world, world)
     routings = ["topk", "causal"] if model.config.routed_layers else ["topk"]  # dense: the two are one
     sums = torch.zeros(len(routings), device=device)
     model.eval()
-    for x, y in batches(data, range(rank * count, n * count, world * count), count, device):
+    stream = batches(data, (min(number, n - 1) * count for number in mine), count, device)
+    for number, (x, y) in zip(mine, stream, strict=True):
         for i, routing in enumerate(routings):
             with autocast:
-                sums[i] += model(x, y, routing=routing).losses["lm"]
+                sums[i] += model(x, y, routing=routing).losses["lm"] * (number < n)
     model.train()
+    if cfg.parallel == "fsdp":
+        model.reshard()  # the embedding and the head were left whole for a backward pass
     if world > 1:
         dist.all_reduce(sums)
     losses = (sums / n).tolist()
@@ -259,6 +294,7 @@ def merge(saved, train_set, model_set):
         cfg = TrainConfig(**saved["config"]["train"] | train_set)
         model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
         step, model_before = saved["step"], saved["config"]["model"]
+        saved["bad"], saved["recent"]  # the youngest entries
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"state.json was written by another version of train.py: {e}") from e
     now, then = asdict(cfg), asdict(before)
@@ -327,11 +363,12 @@ def start_wandb(cfg, model_cfg, run_id, resumed):
 
 def train(argv):
     """The run, from its configuration to final_model/. Returns (TrainConfig, whether the run is complete)."""
+    started = time.perf_counter()
     train_set, model_set = configure(__doc__, argv, TrainConfig, ModelConfig)
     rank, world, local_rank = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    if world > 1:
+    if "RANK" in os.environ:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def say(text):
@@ -354,12 +391,18 @@ def train(argv):
 
         bench.check(eval_argv(cfg))
     device, autocast = pick_device(cfg, local_rank, world)
+    bf16, sharded = not isinstance(autocast, nullcontext), cfg.parallel == "fsdp"
+    if sharded and not dist.is_initialized():
+        raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
     data, val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
     fingerprint = checkpoint.digest(Path(cfg.data_dir) / "manifest.json")
     if resumed and saved["data"] != fingerprint:
         raise ConfigError(f"data_dir={cfg.data_dir} is not the data that the checkpoint was trained on")
 
     # -- the model
+    def shard(model):
+        parallel.shard(model, device, bf16, cfg.offload)
+
     torch.manual_seed(cfg.seed)
     if not resumed and cfg.init_from == "scratch":
         vocabulary = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
@@ -367,12 +410,13 @@ def train(argv):
         check_fit(cfg, model_cfg, data, world)
         with torch.device("meta"):
             model = Transformer(model_cfg)
-        model.to_empty(device="cpu")
+        shard(model) if sharded else model.to_empty(device="cpu")
         model.init_weights(model.state_dict())
     else:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         overrides = {"capacity": model_cfg.capacity} if resumed else model_set
-        model = Transformer.from_pretrained(resumed or cfg.init_from, **overrides)
+        load = checkpoint.load_model if resumed else Transformer.from_pretrained
+        model = load(resumed or cfg.init_from, shard=shard if sharded else None, **overrides)
         model_cfg = model.config
         shape = SIZES.get(cfg.size, {}).items() if "size" in train_set and not resumed else ()
         if any(getattr(model_cfg, name) != value for name, value in shape):
@@ -383,12 +427,16 @@ def train(argv):
     if model_cfg.beta_schedule:
         for layer in model.routed:  # they follow the schedule, not the optimizer
             layer.router.beta_ce.requires_grad_(False), layer.router.beta_cu.requires_grad_(False)
-    model.to(device).train()
+    model.train()
+    if not sharded:
+        model.to(device)
     if cfg.compile:
         model.compile_trunk()
     torch.manual_seed(cfg.seed + 1 + rank)  # what is drawn in training differs from rank to rank
-    wrapped = model
-    if world > 1:
+    wrapped, saving_group = model, None
+    if sharded:
+        saving_group = dist.new_group(backend="gloo")  # of the threads that save
+    elif world > 1:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # -- the optimizer
@@ -399,27 +447,25 @@ def train(argv):
 
     # -- where the run stands
     step, flops, best_val_loss, run_id = 0, 0.0, None, uuid.uuid4().hex[:8]
-    meter = torch.zeros(0)  # sums of this rank's metrics since the last log; their names come with the first step
-    counts = torch.zeros(3)  # since the last log: good steps; bad steps in a row; bad steps of the whole run
+    rows = []  # this rank's metrics of every step since the last log; their names come with the first step
+    recent = deque(maxlen=100)  # the latest losses of the whole job, to tell a spike
+    bad_in_a_row = bad_steps = 0  # as of the last log
     if resumed:
         step, flops, best_val_loss, run_id = (saved[k] for k in ("step", "flops", "best_val_loss", "wandb_id"))
-        groups_now = {"param_groups": optimizer.state_dict()["param_groups"]}  # rates and decay may have been changed
-        state = torch.load(resumed / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state | groups_now)
-        del state  # twice the model
+        recent.extend(saved["recent"])
+        bad_in_a_row, bad_steps = saved["bad"]
+        checkpoint.load_optimizer(resumed, model, optimizer)
         ranks = torch.load(resumed / "ranks.pt", map_location="cpu", weights_only=True)
-        counts = ranks[0]["counts"]
         if len(ranks) == world:
-            meter = ranks[rank]["meter"]
+            rows = list(ranks[rank]["rows"].to(device))
             torch.set_rng_state(ranks[rank]["rng"])
             if device.type == "cuda" and "cuda" in ranks[rank]:
                 torch.cuda.set_rng_state(ranks[rank]["cuda"], device)
-        else:  # another number of ranks: new random numbers, and the mean of the sums for each
-            meter = torch.stack([each["meter"] for each in ranks]).mean(0)
+        else:  # another number of ranks: new random numbers, and the mean of the metrics for each
+            rows = list(torch.stack([each["rows"] for each in ranks]).mean(0).to(device))
             torch.manual_seed(cfg.seed + 1 + rank + step)
-    meter, counts = meter.to(device), counts.to(device)
     val_loss = None  # that of this step, where it was evaluated
-    saved_step = step if resumed else None
+    saved_step, saving = step if resumed else None, None  # the last step on disk; the one being written, and its future
 
     micro_steps = cfg.grad_accum_steps // world  # micro-batches of a step on this rank
     tokens_per_step = cfg.batch_size * cfg.grad_accum_steps * cfg.seq_len
@@ -439,7 +485,10 @@ def train(argv):
     say(
         f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {tokens_per_step:,} read {epochs:.2f} epochs"
     )
-    say(f"{device}, {world} rank(s), {'float32' if isinstance(autocast, nullcontext) else 'bfloat16'}")
+    say(f"{device}, {world} rank(s){', sharded' * sharded}, {'bfloat16' if bf16 else 'float32'}")
+    parts = parallel.memory(model, cfg, world, micro_steps, bf16)
+    total = f"{sum(parts.values()) / 1e9:.2f} GB = "
+    say("memory per rank, estimated: " + total + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items()))
     for group in groups:
         size, rate = sum(p.numel() for p in group["params"]), rates[group["name"]]
         say(f"  {group['name']:13} {size:13,} parameters, rate {rate:g}, weight decay {group['weight_decay']:g}")
@@ -463,7 +512,9 @@ def train(argv):
         if rank:
             return
         metrics = {"tokens": step * tokens_per_step, "flops": flops} | metrics
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        finite = {  # JSON has no NaN
+            name: value if isinstance(value, list) or math.isfinite(value) else None for name, value in metrics.items()
+        }
         pending.append(json.dumps({"step": step} | finite) + "\n")
         try:
             checkpoint.append_lines(metrics_file, pending)
@@ -473,26 +524,30 @@ def train(argv):
             wandb_run.log(metrics, step=step)
 
     def save():
-        """A checkpoint; every rank calls it, the main one writes. A full disk is a warning, not the end of the run."""
-        nonlocal saved_step
-        mine = {"meter": meter.cpu(), "counts": counts.cpu(), "rng": torch.get_rng_state()}
+        """Begin a checkpoint of this step; every rank calls it. A full disk is a warning, not the end of the run."""
+        nonlocal saving
+        settle()
+        mine = {"rows": torch.stack(rows).cpu() if rows else torch.zeros(0), "rng": torch.get_rng_state()}
         if device.type == "cuda":
             mine["cuda"] = torch.cuda.get_rng_state(device)
-        ranks = [mine] * world
-        if world > 1:
-            dist.all_gather_object(ranks, mine)
-        if rank == 0:
-            state = {"step": step, "tokens": step * tokens_per_step, "flops": flops, "val_loss": val_loss}
-            state |= {"best_val_loss": best_val_loss, "data": fingerprint, "wandb_id": run_id, "world_size": world}
-            state |= {"config": {"train": asdict(cfg), "model": model_config}, "torch": torch.__version__}
+        state = {"step": step, "tokens": step * tokens_per_step, "flops": flops, "val_loss": val_loss}
+        state |= {"best_val_loss": best_val_loss, "bad": [bad_in_a_row, bad_steps], "recent": list(recent)}
+        state |= {"data": fingerprint, "wandb_id": run_id, "world_size": world, "torch": torch.__version__}
+        state |= {"config": {"train": asdict(cfg), "model": model_config}}
+        where = model, optimizer, mine, cfg.data_dir, cfg.keep_last, pending, saving_group
+        saving = step, checkpoint.save(out_dir, state, *where)
+
+    def settle():
+        """Wait for the checkpoint that is being written, if any."""
+        nonlocal saving, saved_step
+        if saving:
+            begun, future = saving
+            saving = None
             try:
-                checkpoint.append_lines(metrics_file, pending)  # no checkpoint without the metrics up to it
-                checkpoint.flush(metrics_file)
-                checkpoint.save(out_dir, state, model, optimizer, ranks, cfg.data_dir, cfg.keep_last)
-            except (CheckpointError, OSError) as e:
-                say(f"warning: step {step} is not saved: {e}; what was saved before is intact")
-                return
-        saved_step = step
+                future.result()
+                saved_step = begun
+            except CheckpointError as e:
+                say(f"warning: step {begun} is not saved: {e}; what was saved before is intact")
 
     # -- A first signal ends the step, a second Ctrl-C stops at once. One key press comes twice under torchrun, from the
     # terminal and from torchrun itself: within a second it is the same one.
@@ -514,7 +569,7 @@ def train(argv):
     mine = range(step * cfg.grad_accum_steps + rank, cfg.max_steps * cfg.grad_accum_steps, world)  # micro-batches
     stream = batches(data, (number * cfg.batch_size for number in mine), cfg.batch_size, device)
     bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    logged, clock, capacity, stopped, hopeless = step, time.perf_counter(), None, 0, False
+    logged, clock, waited, capacity, stopped, hopeless = step, time.perf_counter(), 0.0, None, 0, False
 
     # -----------------------------------------------------------------------------------------------------------------
     while step < cfg.max_steps and not stopped and not hopeless:
@@ -536,9 +591,14 @@ def train(argv):
         # -- forward and backward
         values = 0.0
         for micro in range(micro_steps):
+            asked = time.perf_counter()
             x, y = next(stream)  # (B, T) each
-            if world > 1:
-                wrapped.require_backward_grad_sync = micro == micro_steps - 1  # one exchange of gradients a step
+            waited += time.perf_counter() - asked
+            last_micro = micro == micro_steps - 1  # one exchange of gradients a step
+            if sharded:
+                model.set_requires_gradient_sync(last_micro)
+            elif world > 1:
+                wrapped.require_backward_grad_sync = last_micro
             with autocast:
                 out = wrapped(x, y)
             (out.loss / micro_steps).backward()
@@ -546,7 +606,9 @@ def train(argv):
             stats = {name: stat for name, stat in out.stats.items() if cfg.log_layers or not name.startswith("layer_")}
             shown = {"total": out.loss} | losses | stats
             values = values + torch.stack([value.detach().float() for value in shown.values()]) / micro_steps
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if sharded:
+            parallel.average_whole(model)
+        grad_norm = parallel.clip_grad_norm(model.parameters(), cfg.grad_clip or math.inf, device)
 
         # -- update, unless the loss or the gradient is not finite: then, on all ranks, nothing changes. The optimizer
         # reads found_inf on the device, so the host need not wait to know.
@@ -556,19 +618,19 @@ def train(argv):
             for buffer in model.buffers():  # average thresholds, each rank's own until here
                 dist.all_reduce(buffer)
                 buffer /= world
-        optimizer.found_inf = bad
+        optimizer.found_inf = bad.cpu() if cfg.offload else bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         flops += flops_per_token * tokens_per_step
 
-        values = torch.cat([values[1:], grad_norm[None]])
-        if len(meter) != len(values):  # the first step, or log_layers has changed
-            meter, counts[0] = torch.zeros_like(values), 0
-        meter = torch.where(bad > 0, meter, meter + values)
-        counts = torch.stack([counts[0] + 1 - bad, (counts[1] + 1) * bad, counts[2] + bad])
+        row = torch.cat([values[1:], grad_norm[None], bad[None]])
+        if rows and len(rows[0]) != len(row):  # resumed, and log_layers has changed
+            rows.clear()
+        rows.append(row)
 
-        signals = torch.tensor(stop["signal"])
+        late = 0 < cfg.max_seconds <= time.perf_counter() - started
+        signals = torch.tensor(stop["signal"] or late * OUT_OF_TIME)
         if world > 1:
             dist.all_reduce(signals, dist.ReduceOp.MAX)  # on the CPU: no waiting for the device
         stopped, last = int(signals), step == cfg.max_steps
@@ -576,16 +638,26 @@ def train(argv):
         # -- log
         metrics, val_loss = {}, None
         if step == 1 or step % cfg.log_interval == 0 or last:
-            means = meter / counts[0]
+            table = torch.stack(rows)  # (steps, metrics)
+            rows.clear()
             if world > 1:
-                dist.all_reduce(means)
-            *means, _, bad_in_a_row, bad_steps = torch.cat([means / world, counts]).tolist()  # waits for the device
+                dist.all_reduce(table)
+            table = (table / world).tolist()  # waits for the device
             now = time.perf_counter()
             tokens_per_s = (step - logged) * tokens_per_step / (now - clock)
-            metrics = dict(zip([*losses, *stats, "grad_norm"], means, strict=True))
+            good = [row for row in table if not row[-1]]
+            means = [sum(column) / len(good) for column in zip(*good, strict=True)] or [math.nan] * len(table[0])
+            metrics = dict(zip([*losses, *stats, "grad_norm"], means[:-1], strict=True))
+            if found := spikes(table, step, recent, cfg.batch_size * cfg.grad_accum_steps):
+                metrics["spikes"] = found
+                for spike in found:
+                    first, last_one = spike["sequences"]
+                    say(f"spike: loss {spike['loss']} at step {spike['step']}, of sequences {first}-{last_one}")
+            for *_, was_bad in table:
+                bad_in_a_row, bad_steps = (bad_in_a_row + 1, bad_steps + 1) if was_bad else (0, bad_steps)
             metrics |= {"train/perplexity": perplexity(metrics["train/loss"])}
             metrics |= {f"lr/{kind}": scale * rate for kind, rate in rates.items()}
-            metrics |= {"bad_steps": bad_steps, "tokens_per_s": tokens_per_s}
+            metrics |= {"bad_steps": bad_steps, "tokens_per_s": tokens_per_s, "data_wait": waited / (now - clock)}
             line = f"loss {metrics['train/loss']:.4f}, {tokens_per_s:,.0f} tokens/s"
             if peak:
                 metrics["mfu"] = tokens_per_s * flops_per_token / (peak * world)
@@ -595,8 +667,7 @@ def train(argv):
                 left = tqdm.format_interval((cfg.max_steps - step) * tokens_per_step / tokens_per_s)
                 say(f"step {step}/{cfg.max_steps}: {line}, {left} left")
             hopeless = bad_in_a_row >= cfg.max_bad_steps
-            meter, logged, clock = torch.zeros_like(meter), step, now
-            counts[0] = 0
+            logged, clock, waited = step, now, 0.0
         bar.update()
 
         # -- evaluate and save, with the clock stopped
@@ -615,9 +686,13 @@ def train(argv):
 
     # -- the end, or a stop on the way
     bar.close()
-    new = step != saved_step
-    if new:
+    settle()
+    new = [step != saved_step]
+    if world > 1:
+        dist.broadcast_object_list(new)  # only the main rank knows
+    if new[0]:
         save()
+        settle()
     if rank == 0 and step != saved_step:
         raise CheckpointError(f"step {step} is not saved in {out_dir}: make room and go on with --resume=auto")
     path = out_dir / f"step_{step:07d}"
@@ -626,17 +701,21 @@ def train(argv):
             f"no finite loss and gradient in {cfg.max_bad_steps} steps up to step {step}: they changed nothing, the "
             f"weights before them are in {path}; lower the rates, or look at the data"
         )
-    if rank == 0 and step == cfg.max_steps and (new or not (out_dir / "final_model").exists()):
-        with checkpoint.written_whole(out_dir / "final_model") as partial:
-            checkpoint.write_model(model, partial, cfg.data_dir)
+    if rank == 0 and step == cfg.max_steps and (new[0] or not (out_dir / "final_model").exists()):
+        if sharded:
+            checkpoint.export(path, out_dir / "final_model")
+        else:
+            with checkpoint.written_whole(out_dir / "final_model") as partial:
+                checkpoint.write_model(model, partial, cfg.data_dir)
         say(f"done: {out_dir / 'final_model'}")
     elif step == cfg.max_steps:
         say(f"the run in {out_dir} is complete: a larger --max_steps goes on")
     else:
-        say(f"{signal.Signals(stopped).name}: stopped and saved in {path}; --resume=auto goes on")
+        why = f"max_seconds={cfg.max_seconds:g}" if stopped == OUT_OF_TIME else signal.Signals(stopped).name
+        say(f"{why}: stopped and saved in {path}; --resume=auto goes on")
     if wandb_run:
         wandb_run.finish()
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()  # no rank leaves while the main one still writes
         dist.destroy_process_group()
     if stopped == signal.SIGTERM and step < cfg.max_steps:
@@ -652,7 +731,13 @@ def eval_argv(cfg):
 
 
 def main(argv):
-    cfg, complete = train(argv)  # when it returns, the memory of the run is free
+    try:
+        cfg, complete = train(argv)  # when it returns, the memory of the run is free
+    except torch.OutOfMemoryError as e:
+        raise TrainError(
+            "out of memory; in this order: halve --batch_size and double --grad_accum_steps, --gradient_checkpointing, "
+            f"--parallel=fsdp on several GPUs, with --offload, a shorter --seq_len ({str(e).splitlines()[0]})"
+        ) from e
     if complete and cfg.eval_tasks:
         import bench
 

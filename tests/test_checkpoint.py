@@ -32,8 +32,9 @@ def trained(tmp_path_factory):
 
 def save(run, step, trained, val_loss=None, keep_last=9):
     model, optimizer, tokenizer = trained
-    ranks = [{"rng": torch.get_rng_state(), "meter": torch.ones(2)}]
-    return checkpoint.save(run, {"step": step, "val_loss": val_loss}, model, optimizer, ranks, tokenizer, keep_last)
+    mine = {"rng": torch.get_rng_state(), "rows": torch.ones(1, 2)}
+    state = {"step": step, "val_loss": val_loss}
+    return checkpoint.save(run, state, model, optimizer, mine, tokenizer, keep_last).result()
 
 
 def names(run):

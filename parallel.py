@@ -1,0 +1,140 @@
+"""Many ranks: FSDP2, which divides weights, gradients and optimizer state among them; and how much memory a rank needs.
+
+Sharded are all parameters but those that route: a routing decision is a comparison, so routers stay whole on every rank,
+in float32, and their few gradients are averaged here. That is also what lets them be scalars, which cannot be sharded.
+"""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from model import DecisionBlock, ModelConfig, STTBlock, broadcast, layer_class
+
+
+def shard(model, device, bf16, offload):
+    """Divide a model on the meta device among the ranks, and give each its part, empty: weights are yet to be read.
+
+    Blocks are gathered one at a time where they run, in bfloat16 if `bf16`; the weights themselves, the gradients' sums
+    and the optimizer stay in float32. offload: these live in CPU memory.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    # A layer's scores are views, in Notes; nobody writes to them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    options = {
+        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
+        "ignored_params": {p for name, p in model.named_parameters() if "router." in name},
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # it would round positions and surprises too
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)  # embedding, last norm and head: whole from forward to backward
+    model.to_empty(device="cpu" if offload else device)
+    if offload:
+        for layer in model.routed:  # what is not sharded stays with the computation
+            for part in (getattr(layer, "router", None), layer.causal_router):
+                if part is not None:
+                    part.to(device)
+            for name, buffer in layer.named_buffers(recurse=False):
+                setattr(layer, name, buffer.to(device))
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "to_local")
+
+
+def average_whole(model):
+    """The mean over the ranks of the gradients that FSDP does not exchange, those of the routers."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not is_sharded(p)]
+    if grads:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def clip_grad_norm(parameters, max_norm, device):
+    """torch's clip_grad_norm_ where some parameters are sharded and some are not. Returns the norm of all, on `device`."""
+    parameters = [p for p in parameters if p.grad is not None]
+    kinds = [[p for p in parameters if is_sharded(p) == kind] for kind in (True, False)]
+    norms = [get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
+    norms = torch.stack([(norm.full_tensor() if is_sharded(norm) else norm).to(device) for norm in norms])
+    norm = norms[0] if len(norms) == 1 else norms.norm()
+    for kind in kinds:
+        clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def shares(cfg):
+    """The capacity of every layer, None where it is dense."""
+    values = dict(zip(cfg.routed_layers, broadcast(cfg.capacity, len(cfg.routed_layers)), strict=True))
+    return [values.get(i) for i in range(cfg.num_hidden_layers)]
+
+
+def activations(cfg: ModelConfig, batch, seq_len, bf16, sharded, checkpointing):
+    """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer.
+
+    Numbers of the residual stream take r bytes, those of matrix products e. Autocast casts a product's input anew for each
+    of q, k, v and of gate and up. CUDA's fused RMSNorm keeps a little less than is counted here.
+    """
+    d, kv, f = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
+    e = 2 if bf16 else 4
+    r = 2 if bf16 and sharded else 4  # autocast leaves the residual stream in float32
+    casts = 2 if bf16 and not sharded else 1
+    block = 4 * r * d  # input and middle of the block, each also normalised
+    block += e * (
+        (1.5 * casts - 0.5) * d + casts * d + 2 * d + 2 * kv + 4 * f
+    )  # products: of q k v, gate up; q, y; k v; MLP
+    predicted = 4 * r * d + e * (
+        casts * d + 4 * cfg.prior_width
+    )  # update, its distance to the guess, the guess's network
+    layers = []
+    for i, share in zip(range(cfg.num_hidden_layers), shares(cfg), strict=True):
+        if share is None:
+            layers.append(block + (predicted if layer_class(cfg, i) is DecisionBlock else 0))
+            continue
+        layers.append(r * d + share * (block + r * d + 8 * d))  # for the router; the gated update, the indices
+        if layer_class(cfg, i) is STTBlock:
+            layers[-1] = block + predicted + (layers[-1] if cfg.stt_output == "sparse" else 0)
+    if checkpointing:
+        return batch * seq_len * (len(layers) * r * d + max(layers))
+    return batch * seq_len * sum(layers)
+
+
+def memory(model, cfg, world, micro_steps, bf16):
+    """Estimated bytes that one rank holds at the peak of a training step, by what holds them: a dict."""
+    sharded = cfg.parallel == "fsdp"
+    n = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ends = n - sum(p.numel() for p in model.model.layers.parameters())  # embedding, head, last norm
+    block = (n - ends) / len(model.model.layers)
+    share = (0 if cfg.offload else 1 / world) if sharded else 1
+    e = 2 if bf16 else 4
+    if sharded:
+        working = e * (ends + 2 * block)  # gathered: the one that runs and the next
+    else:
+        working = 2 * n if bf16 else 0  # autocast's copies
+    # Between two exchanges of gradients a sharded model's are whole on every rank.
+    grads = 4 * trained * (1 if sharded and micro_steps > 1 else share)
+    model_cfg = model.config
+    logits = min(cfg.batch_size * cfg.seq_len * model_cfg.vocab_size, 1 << 27)  # of a chunk: kernels.py
+    return {
+        "weights": 4 * n * share + working,
+        "gradients": grads,
+        "optimizer": 8 * trained * share,
+        "activations": activations(model_cfg, cfg.batch_size, cfg.seq_len, bf16, sharded, cfg.gradient_checkpointing),
+        "loss": 4 * model_cfg.vocab_size * model_cfg.hidden_size
+        + 3 * 4 * logits,  # it knows the head's gradient at once
+    }
