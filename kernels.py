@@ -88,35 +88,49 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _to_targets(logits, targets):
+    """−log p(target) of every row, and its gradient by the logits: (n, V), (n, 1) → (n, 1), (n, V)."""
+    highest, where = logits.max(-1, keepdim=True)
+    at_target = logits.gather(1, targets)
+    p = torch.softmax(logits, -1)
+    # log Σ exp(logits) from the largest probability, which is at least 1 / V and cannot vanish
+    losses = highest - p.gather(1, where).log() - at_target
+    return losses, p.scatter_add_(1, targets, torch.full_like(at_target, -1))
+
+
+def _to_teacher(logits, teacher):
+    """KL(teacher ‖ model) of every row, and its gradient by the logits: (n, V) each → (n, 1), (n, V)."""
+    log_q, log_p = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
+    q = log_q.exp()
+    losses = log_q.sub_(log_p).mul_(q).sum(-1, keepdim=True)
+    return losses, log_p.exp_().sub_(q)
+
+
+class _HeadLoss(torch.autograd.Function):
     """Both gradients are made with the loss, while a chunk's logits are there: nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
-        total = 0.0
-        total = 0.0
+    def forward(ctx, hidden, weight, targets, rows, teacher):
+        total, grad_weight = 0.0, None
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
-            h, t = hidden[start : start + rows], targets[start : start + rows, None]
-            kept, t = t != -100, t.clamp(min=0)
+            part = slice(start, start + rows)
+            h, t = hidden[part], targets[part, None]
             logits = linear(h, weight).float()  # (rows, V)
-            highest, where = logits.max(-1, keepdim=True)
-            at_target = logits.gather(1, t)
-            p = torch.softmax(logits, -1)
-            # log Σ exp(logits) from the largest probability, which is at least 1 / V and cannot vanish
-            losses = highest - p.gather(1, where).log() - at_target
-            total += (losses * kept).sum()
+            if teacher is None:
+                losses, grad = _to_targets(logits, t.clamp(min=0))
+            else:
+                losses, grad = _to_teacher(logits, linear(teacher[0][part], teacher[1]).float())
+            total += (losses * (t != -100)).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            p.scatter_add_(1, t, torch.full_like(at_target, -1)).mul_(kept * share)
-            p = p.to(weight.dtype)
+            grad = grad.mul_((t != -100) * share).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = linear(p, weight.t())
+                grad_hidden[part] = linear(grad, weight.t())
             if ctx.needs_input_grad[1]:
-                part = linear(h.t(), p.t())  # (d, V)
-                grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
+                of_part = linear(h.t(), grad.t())  # (d, V)
+                grad_weight = of_part.float() if grad_weight is None else grad_weight.add_(of_part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total * share
 
@@ -127,15 +141,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).t()
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the logits hidden · weightᵀ over the targets that are not −100, a scalar in float32.
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
+    """Mean loss of the logits hidden · weightᵀ over the targets that are not −100, a scalar in float32.
 
-    hidden (N, d), weight (V, d), targets (N). The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a
-    vocabulary of 151,936 they would be 10 GB. A CPU wants chunks that it need not fetch from the system anew, a GPU wants
-    work for all of its processors.
+    hidden (N, d), weight (V, d), targets (N). The loss is the cross-entropy with the targets or, with teacher = (its hidden
+    states (N, d'), its weight (V, d')), KL(teacher ‖ model), the distillation loss of Hinton et al. 2015 at temperature 1.
+    The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB. A CPU
+    wants chunks that it need not fetch from the system anew, a GPU wants work for all of its processors.
     """
     rows = max(256, (1 << 22 if hidden.device.type == "cpu" else 1 << 27) // weight.size(0))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, rows)
+    if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
+        hidden, weight = hidden.detach(), weight.detach()
+    return _HeadLoss.apply(hidden, weight, targets, rows, teacher)

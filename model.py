@@ -84,6 +84,7 @@ class ModelConfig:
     prior_weight: float = 0.05  # dtf: weight of the prior's squared error
     tpn_weight: float = 0.05  # stt: weight of the transition network's squared error
     g_reg_weight: float = 0.0  # stt: weight of mean(G)
+    distill_weight: float = 1.0  # weight of KL(teacher ‖ model), where train.py's distill_from names a teacher
 
     def __post_init__(self):
         self.architecture = ALIASES.get(self.architecture, self.architecture)
@@ -617,7 +618,7 @@ class Trunk(nn.Module):
 class Output:
     logits: torch.Tensor | None  # (B, T, V); (B, 1, V) of each row's newest token with a cache; None with targets
     loss: torch.Tensor | None  # lm + Σ weight · mean over layers
-    losses: dict[str, torch.Tensor]  # every term unweighted: lm, causal, mod_aux, mod_z, prior, tpn, g_reg
+    losses: dict[str, torch.Tensor]  # every term unweighted: lm, causal, mod_aux, mod_z, prior, tpn, g_reg, distill
     stats: dict[str, torch.Tensor]  # means over routed layers, and layer_{i}/… of each
     masks: dict[int, torch.Tensor] | None  # {layer: (B, T) bool}, the tokens that ran
     tokens: dict[int, dict[str, torch.Tensor]] | None  # {layer: {score, G, S_CE, S_CU, causal_probability: (B, T)}}
@@ -680,12 +681,15 @@ class Transformer(nn.Module):
                 layer.router.beta_ce.fill_(routers.inverse_softplus(beta_ce))
                 layer.router.beta_cu.fill_(routers.inverse_softplus(beta_cu))
 
-    def forward(self, input_ids, targets=None, routing="topk", lengths=None, cache=None, return_masks=False) -> Output:
+    def forward(
+        self, input_ids, targets=None, routing="topk", lengths=None, cache=None, return_masks=False, teacher=None
+    ) -> Output:
         """input_ids: (B, T) int64; targets: (B, T), targets[t] the token after input_ids[t], −100 where there is none.
 
         routing: "topk" (training: the k best of each sequence, looks ahead) or "causal" (inference).
         lengths: tokens of each row, where rows are padded on the right. cache: see `new_cache`; with one, the first call
         takes the prompts and every further call one token a row, and logits are those of each row's newest token.
+        teacher: (hidden states (B, T, d') behind the last norm, head (V, d')) of a model to distil from, beside targets.
         Raises ModelError for a sequence beyond max_position_embeddings, an empty one, or an unknown routing.
         """
         if routing not in ("topk", "causal"):
@@ -723,7 +727,9 @@ class Transformer(nn.Module):
         if targets is None:
             logits = kernels.linear(hidden, self.head_weight)  # (B, T, V)
         else:
-            losses = {"lm": lm_loss(hidden, self.head_weight, targets)} | losses
+            losses = {"lm": head_loss(hidden, self.head_weight, targets)} | losses
+            if teacher is not None:
+                losses["distill"] = head_loss(hidden, self.head_weight, targets, teacher)
             weighted = [getattr(self.config, f"{name}_weight") * losses[name] for name in losses if name != "lm"]
             loss = losses["lm"] + sum(weighted)
         masks = tokens = None
@@ -933,13 +939,18 @@ def init_parameter(name: str, parameter: torch.Tensor, layers: int):
         parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
 
-def lm_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of (B, T, d) hidden states over the targets that are not −100, a scalar in float32."""
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
+    """Mean over the targets that are not −100 of the cross-entropy, or the KL divergence from a teacher: see kernels.py.
+
+    hidden (B, T, d), weight (V, d), targets (B, T), teacher (hidden states (B, T, d'), weight (V, d')).
+    """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return kernels.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+        teacher = teacher and tuple(t.to(dtype) for t in teacher)
+    teacher = teacher and (teacher[0].flatten(0, 1), teacher[1])
+    return kernels.head_loss(hidden.flatten(0, 1), weight, targets.flatten(), teacher)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:

@@ -69,6 +69,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: int = 0  # steps until the annealed capacity reaches its value
+    distill_from: str = ""  # dense parent to distil from: a directory or a hub id (weight of its loss: distill_weight)
     max_bad_steps: int = 10  # end the run after so many steps in a row without a finite loss and gradient
 
     seed: int = 42  # of initial weights and of the order of the data
@@ -126,7 +127,7 @@ class TrainError(ValueError):
 
 # What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
 # the data, and batch_size · grad_accum_steps (their product alone decides which sequences make a step).
-FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps")
+FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps", "distill_from")
 
 OUT_OF_TIME = signal.SIGALRM  # what --max_seconds is among the signals
 
@@ -338,6 +339,24 @@ def check_fit(cfg, model_cfg, data, world):
         raise ConfigError("; ".join(problems))
 
 
+def open_teacher(cfg, model_cfg, device, autocast):
+    """The dense model to distil from, frozen, or None without distill_from. Raises ConfigError, ModelError."""
+    if not cfg.distill_from:
+        return None
+    dtype = torch.float32 if isinstance(autocast, nullcontext) else torch.bfloat16
+    teacher = Transformer.from_pretrained(cfg.distill_from, dtype=dtype).to(device).requires_grad_(False)
+    problems = []
+    if teacher.config.architecture != "dense":
+        problems.append(f"is {teacher.config.architecture}, a dense model is needed")
+    if teacher.config.vocab_size != model_cfg.vocab_size:
+        problems.append(f"has vocab_size={teacher.config.vocab_size}, the model {model_cfg.vocab_size}")
+    if cfg.seq_len > teacher.config.max_position_embeddings:
+        problems.append(f"takes {teacher.config.max_position_embeddings} tokens, seq_len={cfg.seq_len}")
+    if problems:
+        raise ConfigError(f"distill_from={cfg.distill_from!r} " + "; ".join(problems))
+    return teacher
+
+
 def start_wandb(cfg, model_cfg, run_id, resumed):
     """The W&B run. Raises ConfigError where it cannot start."""
     try:
@@ -427,6 +446,7 @@ def train(argv):
     if model_cfg.beta_schedule:
         for layer in model.routed:  # they follow the schedule, not the optimizer
             layer.router.beta_ce.requires_grad_(False), layer.router.beta_cu.requires_grad_(False)
+    teacher = open_teacher(cfg, model_cfg, device, autocast)
     model.train()
     if not sharded:
         model.to(device)
@@ -469,7 +489,9 @@ def train(argv):
 
     micro_steps = cfg.grad_accum_steps // world  # micro-batches of a step on this rank
     tokens_per_step = cfg.batch_size * cfg.grad_accum_steps * cfg.seq_len
-    flops_per_token = model.flops_per_token(cfg.seq_len, training=True)
+    flops_per_token, teacher_flops = model.flops_per_token(cfg.seq_len, training=True), 0.0
+    if teacher:  # its forward pass, and the student's head a second time
+        teacher_flops = teacher.flops_per_token(cfg.seq_len) + 6.0 * model_cfg.hidden_size * model_cfg.vocab_size
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
     out_dir, pending, wandb_run = Path(cfg.out_dir), [], None
@@ -600,7 +622,11 @@ def train(argv):
             elif world > 1:
                 wrapped.require_backward_grad_sync = last_micro
             with autocast:
-                out = wrapped(x, y)
+                taught = {}
+                if teacher:
+                    with torch.no_grad():
+                        taught = {"teacher": (teacher.model(x)[0], teacher.head_weight)}
+                out = wrapped(x, y, **taught)
             (out.loss / micro_steps).backward()
             losses = {"train/loss" if name == "lm" else f"{name}_loss": loss for name, loss in out.losses.items()}
             stats = {name: stat for name, stat in out.stats.items() if cfg.log_layers or not name.startswith("layer_")}
@@ -622,7 +648,7 @@ def train(argv):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        flops += flops_per_token * tokens_per_step
+        flops += (flops_per_token + teacher_flops) * tokens_per_step
 
         row = torch.cat([values[1:], grad_norm[None], bad[None]])
         if rows and len(rows[0]) != len(row):  # resumed, and log_layers has changed
@@ -660,7 +686,7 @@ def train(argv):
             metrics |= {"bad_steps": bad_steps, "tokens_per_s": tokens_per_s, "data_wait": waited / (now - clock)}
             line = f"loss {metrics['train/loss']:.4f}, {tokens_per_s:,.0f} tokens/s"
             if peak:
-                metrics["mfu"] = tokens_per_s * flops_per_token / (peak * world)
+                metrics["mfu"] = tokens_per_s * (flops_per_token + teacher_flops) / (peak * world)
                 line += f", MFU {metrics['mfu']:.1%}"
             bar.set_postfix_str(line, refresh=False)
             if bar.disable:

@@ -82,12 +82,12 @@ def test_the_loss_equals_cross_entropy(vocab):
     hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
     targets = torch.randint(0, vocab, (400,))
     targets[7:20] = -100
-    ours = kernels.linear_cross_entropy(hidden, weight, targets)  # in two chunks
+    ours = kernels.head_loss(hidden, weight, targets)  # in two chunks
     theirs = F.cross_entropy(F.linear(hidden, weight), targets)
     agree(ours, theirs, (hidden, weight), atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(kernels.linear_cross_entropy(hidden, weight, targets), theirs, rtol=1e-5, atol=0)
-    only = kernels.linear_cross_entropy(hidden, weight.detach(), targets)  # a frozen head
+        torch.testing.assert_close(kernels.head_loss(hidden, weight, targets), theirs, rtol=1e-5, atol=0)
+    only = kernels.head_loss(hidden, weight.detach(), targets)  # a frozen head
     agree(only, F.cross_entropy(F.linear(hidden, weight.detach()), targets), [hidden], atol=1e-6)
 
 
@@ -96,25 +96,40 @@ def test_the_loss_of_extreme_and_of_half_precise_logits():
     for scale in (1e4, -1e4):  # a target of probability zero: its loss is the difference of the logits
         hidden, weight = torch.ones(3, 1), scale * torch.tensor([[1.0], [2.0], [3.0]])
         expected = F.cross_entropy((hidden @ weight.t()).double(), targets)
-        assert kernels.linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert kernels.head_loss(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(300, 16), torch.randn(50, 16), torch.randint(0, 50, (300,))
     half = [t.bfloat16().requires_grad_() for t in (hidden, weight)]
     exact = [t.detach().double().requires_grad_() for t in half]
-    ours, theirs = kernels.linear_cross_entropy(*half, targets), F.cross_entropy(F.linear(*exact), targets)
+    ours, theirs = kernels.head_loss(*half, targets), F.cross_entropy(F.linear(*exact), targets)
     assert ours.dtype == torch.float32 and ours.item() == pytest.approx(theirs.item(), rel=5e-3)
     for got, expected in zip(torch.autograd.grad(ours, half), torch.autograd.grad(theirs, exact), strict=True):
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.double(), expected, rtol=0.03, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("vocab", [97, 1 << 17])
+def test_the_loss_against_a_teacher_is_the_kl_divergence(vocab):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
+    teacher, targets = (torch.randn(400, 8), torch.randn(vocab, 8)), torch.randint(0, vocab, (400,))
+    targets[7:20] = -100
+    q, p = F.linear(*teacher).log_softmax(-1), F.linear(hidden, weight).log_softmax(-1)
+    theirs = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)[targets != -100].mean()
+    agree(kernels.head_loss(hidden, weight, targets, teacher), theirs, (hidden, weight), atol=1e-6)
+    same = kernels.head_loss(hidden, weight, targets, (hidden.detach(), weight.detach()))
+    assert abs(same.item()) < 1e-6  # nothing to learn from oneself
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.head_loss(hidden, weight, targets, teacher), theirs, rtol=1e-5, atol=0)
+
+
 def test_loss_memory_is_bounded():
     """8,192 tokens by 32,768 words would be 1 GiB of float32 logits; the process must grow by far less."""
     code = (
-        "import resource, torch; from kernels import linear_cross_entropy\n"
+        "import resource, torch; from kernels import head_loss\n"
         "def grow(n):\n"
         "    h, w = torch.randn(n, 8, requires_grad=True), torch.randn(32768, 8, requires_grad=True)\n"
-        "    linear_cross_entropy(h, w, torch.zeros(n, dtype=torch.long)).backward()\n"
+        "    head_loss(h, w, torch.zeros(n, dtype=torch.long)).backward()\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = grow(64); print(grow(8192) - before)"
     )

@@ -23,7 +23,7 @@ import prepare
 import train
 from configurator import ConfigError, configure
 from data import TokenData
-from model import ModelConfig, Transformer
+from model import ModelConfig, ModelError, Transformer
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
 VOCAB, SEQ_LEN = 64, 32
@@ -617,3 +617,34 @@ def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
     with pytest.raises(ConfigError, match="tasks=perplexty is unknown; did you mean perplexity"):
         train.main([*keys, "--eval_tasks=perplexty", f"--out_dir={tmp_path / 'other'}"])
     assert not (tmp_path / "other").exists()  # found before the first step
+
+
+def test_distillation(data, start, tmp_path, capsys):
+    keys = [*common(data), f"--init_from={start / 'dense'}", "--architecture=mod", "--gate=straight_through"]
+    keys += [f"--distill_from={start / 'dense'}", "--distill_weight=0.5"]
+    run = tmp_path / "run"
+    train.main([*keys, f"--out_dir={run}"])
+    line = metrics(run)[1]
+    student = Transformer.from_pretrained(start / "dense", architecture="mod", gate="straight_through")
+    teacher = Transformer.from_pretrained(start / "dense")
+    torch.manual_seed(42)  # as train.py seeds the routers that a conversion adds
+    again = Transformer.from_pretrained(start / "dense", architecture="mod", gate="straight_through")
+    stream, losses = TokenData(data, "train", SEQ_LEN), []
+    for micro in range(2):
+        ids, _ = stream.batch(4 * micro, 4)
+        with torch.no_grad():
+            p, q = (model(ids).logits.log_softmax(-1) for model in (again, teacher))
+        losses.append((q.exp() * (q - p)).sum(-1).mean().item())
+    assert line["distill_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    flops = student.flops_per_token(SEQ_LEN, training=True) + teacher.flops_per_token(SEQ_LEN)
+    head = 6 * student.config.hidden_size * student.config.vocab_size
+    assert line["flops"] == pytest.approx((flops + head) * line["tokens"])
+    near = tmp_path / "near"
+    train.main([*keys, "--distill_weight=50", f"--out_dir={near}"])
+    assert metrics(near)[-1]["distill_loss"] < 0.8 * metrics(run)[-1]["distill_loss"]
+    saved = json.loads((run / "final_model" / "config.json").read_text())
+    assert saved["distill_weight"] == 0.5 and saved["architecture"] == "mod"
+
+    for name, message in (("mod", "is mod, a dense model is needed"), ("none", "neither a directory nor a hub id")):
+        with pytest.raises((ConfigError, ModelError), match=message):
+            train.main([*keys, f"--distill_from={start / name}", f"--out_dir={tmp_path / 'other'}"])
