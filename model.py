@@ -13,6 +13,7 @@ Sources: Qwen2.5 report for the block; Raposo et al. 2024 (arXiv 2404.02258) for
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -165,7 +166,7 @@ class ModelConfig:
         """Reads config.json, ours or Qwen2's own. Raises ModelError for what this code would compute wrongly."""
         if config.get("model_type") != "qwen2":
             raise ModelError(f"model_type={config.get('model_type')!r} is not supported, only 'qwen2' is")
-        if config.get("use_sliding_window"):
+        if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
             raise ModelError("use_sliding_window=true is not supported: attention here always sees the whole sequence")
         if config.get("hidden_act", "silu") != "silu":
             raise ModelError(f"hidden_act={config['hidden_act']!r} is not supported, only 'silu' is")
@@ -842,14 +843,29 @@ class Transformer(nn.Module):
 
     # -- weights in and out -------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str, state_dict: dict | None = None):
-        """Writes model.safetensors and config.json, each to a temporary name first. state_dict: instead of its own."""
+    def save_pretrained(self, directory: str, state_dict: dict | None = None, shard_size: int = 5 * 10**9):
+        """Writes config.json and model.safetensors, or several files and their index where it would pass shard_size bytes.
+
+        Each is written to a temporary name first; weights that an earlier call left there go. state_dict: instead of its
+        own.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
 
         os.makedirs(directory, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
-        with replacing(os.path.join(directory, "model.safetensors")) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_size)
+        for file, names in split.filename_to_tensors.items():
+            with replacing(os.path.join(directory, file)) as temporary:
+                save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        written = set(split.filename_to_tensors)
+        if split.is_sharded:
+            written.add(INDEX)
+            with replacing(os.path.join(directory, INDEX)) as temporary, open(temporary, "w") as f:
+                json.dump({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, f, indent=2)
+        for name in sorted(os.listdir(directory), reverse=True):  # the index before the files that it names
+            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) and name not in written:
+                os.remove(os.path.join(directory, name))
         self.save_config(directory)
 
     def save_config(self, directory: str):
@@ -860,46 +876,59 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory_or_hub_id: str, revision: str | None = None, dtype=torch.float32, shard=None, **config_overrides
+        cls, directory_or_hub_id: str, dtype=torch.float32, shard=None, **config_overrides
     ) -> "Transformer":
         """Opens a Qwen2 checkpoint or one of ours; `architecture=` converts a dense one, whose routed parts start new.
 
         shard: a function that shards the model, still without memory, and gives it memory: only this rank's rows are read.
-        `loaded` and `initialized` on the result name the tensors of either kind. Raises ModelError for a model of another
-        type or shape, unknown or missing tensors, and pickled weights.
+        `loaded` and `initialized` on the result name the tensors of either kind. Beside the model itself, 16 MB of the
+        files are in memory at a time. Raises ModelError for a model of another type or shape, unknown or missing tensors,
+        and pickled weights.
         """
-        directory = find_model(str(directory_or_hub_id), revision)
+        directory = find_model(str(directory_or_hub_id))
         config_path = os.path.join(directory, "config.json")
         try:
             with open(config_path, encoding="utf-8") as f:
                 stored = json.load(f)
             saved = ModelConfig.from_dict(stored)
+        except ModelError as error:
+            raise ModelError(f"{config_path}: {error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise ModelError(f"{config_path} is not a model configuration: {error}") from None
         config = ModelConfig.from_dict(stored, **config_overrides)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        if shard is None:
-            model.to_empty(device="cpu")
-        else:
-            shard(model)
-        expected = model.state_dict()
-        model.loaded = []
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        readers = {}  # of the tensors that the model has a place for
         for name, shape, read in weight_files(directory):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some files hold the tied head twice
             if name not in expected:
                 raise ModelError(f"{directory}: unknown tensor {name} for architecture={config.architecture}")
-            if shape != tuple(expected[name].shape):
-                raise ModelError(f"{directory}: {name} has shape {shape}, {tuple(expected[name].shape)} is expected")
-            mine, rows = local_rows(expected[name])
-            mine.copy_(read(rows))
-            model.loaded.append(name)
-        model.initialized = sorted(expected.keys() - set(model.loaded))
+            if shape != expected[name]:
+                raise ModelError(f"{directory}: {name} has shape {shape}, {expected[name]} is expected")
+            if name in readers:
+                raise ModelError(f"{directory}: tensor {name} is in two files")
+            readers[name] = read
+        model.loaded, model.initialized = sorted(readers), sorted(expected.keys() - readers.keys())
         new_parts = model.initialized if saved.architecture == "dense" != config.architecture else []
         lost = [name for name in model.initialized if name not in new_parts or not is_routed_part(name)]
         if lost:
             raise ModelError(f"{directory}: missing tensors {', '.join(lost[:5])}" + " …" * (len(lost) > 5))
+        if shard is None:  # all is as it should be: only now memory is taken
+            model.to_empty(device="cpu")
+        else:
+            shard(model)
+        places = model.state_dict()
+        for name, read in readers.items():
+            mine, rows = local_rows(places[name])
+            if mine.ndim == 0:
+                mine.copy_(read(None))
+                continue
+            first, piece = rows.start if rows else 0, max(1, 2**22 // math.prod(mine.shape[1:]))
+            for at in range(0, mine.size(0), piece):
+                part = mine[at : at + piece]
+                part.copy_(read(slice(first + at, first + at + part.size(0))))
         model.init_weights(model.initialized)
         return model.eval()
 
@@ -974,61 +1003,73 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
 # ---------------------------------------------------------------------------------------------------------------------
 # Model directories
 
+INDEX = "model.safetensors.index.json"  # which file holds which tensor of a model in several
+
 
 def is_routed_part(name: str) -> bool:
     """Whether a tensor is one that a conversion from a dense checkpoint starts anew."""
     return any(f".{part}" in name for part in ("router.", "causal_router.", "prior.", "transition.", "threshold"))
 
 
-def find_model(directory_or_hub_id: str, revision: str | None = None) -> str:
-    """The directory itself, or the local snapshot of a hub id. Raises ModelError where there is neither."""
-    if os.path.isdir(directory_or_hub_id):
-        if not os.path.exists(os.path.join(directory_or_hub_id, "config.json")):
-            raise ModelError(f"{directory_or_hub_id} holds no config.json: name a directory that a model was saved in")
-        return directory_or_hub_id
-    if directory_or_hub_id.count("/") != 1 or directory_or_hub_id.startswith((".", "/")):
-        raise ModelError(f"{directory_or_hub_id} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B")
+def find_model(name: str) -> str:
+    """A directory, or the local snapshot of a hub id: "user/name" or "user/name@revision". Raises ModelError for neither."""
+    if os.path.isdir(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise ModelError(f"{name} holds no config.json: name a directory that a model was saved in")
+        return name
+    hub_id, _, revision = name.partition("@")
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
+        raise ModelError(f"{name} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B or user/name@revision")
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(directory_or_hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(hub_id, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot fetch {directory_or_hub_id} from the hub: {reason}") from None
+        raise ModelError(f"cannot fetch {name} from the hub: {reason}") from None
 
 
 def weight_files(directory: str):
     """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
 
-    The function takes the rows to read, a slice; None for all.
+    The function takes the rows to read, a slice; None for all. It opens the file anew: what a file has once mapped would
+    stay in this process's memory, the checkpoint a second time. Raises ModelError for files that are missing, damaged or
+    no safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
-    index = os.path.join(directory, "model.safetensors.index.json")
+    index = os.path.join(directory, INDEX)
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            shards = sorted(set(json.load(f)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as f:
+                shards = sorted(set(json.load(f)["weight_map"].values()))
+            escaping = [shard for shard in shards if os.path.basename(shard) != shard]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{index} is not an index of safetensors files") from None
+        if escaping:
+            raise ModelError(f"{index} points outside its directory: {escaping[0]}")
     elif os.path.exists(os.path.join(directory, "model.safetensors")):
         shards = ["model.safetensors"]
     else:
         pickles = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
-        if pickles:
-            raise ModelError(f"{directory} holds pickled weights ({pickles[0]}): convert them to safetensors first")
-        raise ModelError(f"{directory} holds no model.safetensors")
+        found = f" but pickled weights ({pickles[0]})" if pickles else ""
+        raise ModelError(f"{directory} holds no model.safetensors{found}: convert the model to safetensors first")
     for shard in shards:
-        if os.path.basename(shard) != shard:
-            raise ModelError(f"{index} points outside its directory: {shard}")
+        path = os.path.join(directory, shard)
+
+        def read(name, rows, path=path):
+            with safe_open(path, framework="pt") as f:
+                return f.get_tensor(name) if rows is None else f.get_slice(name)[rows]
+
         try:
-            with safe_open(os.path.join(directory, shard), framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (safe_open is no dict)
-                    tensor = f.get_slice(name)
-
-                    def read(rows, f=f, name=name, tensor=tensor):
-                        return f.get_tensor(name) if rows is None else tensor[rows]
-
-                    yield name, tuple(tensor.get_shape()), read
+            with safe_open(path, framework="pt") as f:
+                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no dict)
+        except FileNotFoundError:
+            raise ModelError(f"{path} is missing, though {INDEX} names it") from None
         except SafetensorError as error:
-            raise ModelError(f"{os.path.join(directory, shard)} is damaged: {error}") from None
+            raise ModelError(f"{path} is damaged: {error}") from None
+        for name, shape in shapes.items():
+            yield name, shape, partial(read, name)
 
 
 class replacing:

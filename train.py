@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -43,7 +43,7 @@ from model import SIZES, ModelConfig, ModelError, Transformer
 class TrainConfig:
     data_dir: str = "data/stdlib"  # token files, as prepare.py writes them
     out_dir: str = "out/run"  # where metrics.jsonl, checkpoints and final_model go
-    init_from: str = "scratch"  # scratch, a model directory, or a Hugging Face id
+    init_from: str = "scratch"  # scratch, a model directory, or a Hugging Face id: user/name or user/name@revision
     size: str = "demo"  # shape of a model from scratch: demo, 10M, 50M, 0.5B … 72B; single keys override it
     resume: str = "none"  # none; auto: the newest intact checkpoint of out_dir, if any; or a step or run directory
 
@@ -440,6 +440,10 @@ def train(argv):
         shape = SIZES.get(cfg.size, {}).items() if "size" in train_set and not resumed else ()
         if any(getattr(model_cfg, name) != value for name, value in shape):
             raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
+        if not resumed:
+            parts = Counter(part for _, part in {tuple(name.split(".")[2:4]) for name in model.initialized})
+            new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in parts.items()) or "nothing"
+            say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
         check_fit(cfg, model_cfg, data, world)
     model_config = model_cfg.to_dict()  # as asked for; annealing changes model.config
     model.gradient_checkpointing = cfg.gradient_checkpointing

@@ -1,9 +1,12 @@
 """The model against transformers' Qwen2, the golden files, closed forms and brute force."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import measure_loading
 import pytest
 import torch
 import torch.nn.functional as F
@@ -597,7 +600,7 @@ def test_saved_models_come_back_whole(architecture, tied, tmp_path):
     ids = random_ids(2, 30)
     for routing in ("topk", "causal"):
         assert torch.equal(again(ids, routing=routing).logits, model(ids, routing=routing).logits)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert names_in(tmp_path) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -629,6 +632,10 @@ def test_conversion_starts_the_routed_parts_anew(architecture, tmp_path):
         assert torch.equal(model.state_dict()[name], tensor)
     if architecture != "mod":
         assert model.model.layers[1].router.o_ce.item() == pytest.approx(0.5806)
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 def damaged(directory, **changes):
@@ -671,7 +678,7 @@ def test_missing_or_renamed_tensors_are_errors(tmp_path):
         Transformer.from_pretrained(str(tmp_path), architecture="dense")
 
 
-def test_pickles_truncated_files_and_escaping_paths_are_refused(tmp_path):
+def test_pickles_and_damaged_files_are_refused(tmp_path):
     directory = damaged(tmp_path)
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
@@ -681,15 +688,76 @@ def test_pickles_truncated_files_and_escaping_paths_are_refused(tmp_path):
     weights.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled weights \\(pytorch_model.bin\\)"):
         Transformer.from_pretrained(directory)
-    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="outside its directory"):
-        Transformer.from_pretrained(directory)
     with pytest.raises(ModelError, match="neither a directory nor a hub id"):
         Transformer.from_pretrained(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not a model configuration"):
         Transformer.from_pretrained(directory)
+
+
+def test_shards_are_read_and_their_faults_refused_by_name(tmp_path):
+    model = small_model("dense", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    names = sorted(tensors)
+
+    def shards(first, second, weight_map=None):
+        save_file({name: tensors[name] for name in first}, tmp_path / "a.safetensors")
+        save_file({name: tensors[name] for name in second}, tmp_path / "b.safetensors")
+        found = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+        index.write_text(json.dumps({"metadata": {}, "weight_map": found | (weight_map or {})}))
+
+    shards(names[:20], names[20:])
+    again = Transformer.from_pretrained(str(tmp_path))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    cases = [
+        (names[:20], names[19:], None, f"tensor {names[19]} is in two files"),
+        (names[:20], names[21:], None, f"missing tensors {names[20]}"),
+        (names[:20], names[20:], {"x": "c.safetensors"}, "c.safetensors is missing, though model.safetensors.index"),
+        (names[:20], names[20:], {"x": "../a.safetensors"}, "points outside its directory: ../a.safetensors"),
+        (names[:20], names[20:], {"x": "/a.safetensors"}, "points outside its directory: /a.safetensors"),
+        (names[:20], names[20:], {"x": 3}, "is not an index"),
+    ]
+    for first, second, weight_map, message in cases:
+        shards(first, second, weight_map)
+        with pytest.raises(ModelError, match=re.escape(message)):
+            Transformer.from_pretrained(str(tmp_path))
+    for content in ("{", "[]", "{}", '{"weight_map": []}'):
+        index.write_text(content)
+        with pytest.raises(ModelError, match="model.safetensors.index.json is not an index"):
+            Transformer.from_pretrained(str(tmp_path))
+
+
+def test_large_models_are_saved_in_shards(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = small_model("dense"), random_ids(2, 30)
+    size = sum(p.numel() for p in model.parameters()) * 4
+    model.save_pretrained(tmp_path, shard_size=size)
+    assert names_in(tmp_path) == ["config.json", "model.safetensors"]
+    for shard_size in (20_000, 50_000):
+        model.save_pretrained(tmp_path, shard_size=shard_size)
+        files = [tmp_path / name for name in names_in(tmp_path) if name.endswith(".safetensors")]
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == size
+        assert {name: file.name for file in files for name in load_file(file)} == index["weight_map"]
+        assert len(files) >= size / shard_size and max(file.stat().st_size for file in files) < shard_size + 3000
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(Transformer.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+            assert relative_error(theirs(ids).logits, model(ids).logits) <= 1e-5
+    model.save_pretrained(tmp_path)
+    assert names_in(tmp_path) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_loading_takes_little_more_memory_than_the_model(tmp_path):
+    """Under 1.3 times the model, what the files map included; a gigabyte: python tests/measure_loading.py."""
+    for stored in ("float32", "bfloat16"):
+        peak, size = measure_loading.peak_and_size(tmp_path / stored, stored, hidden_size=512, vocab_size=32768)
+        assert 0.9 * size < peak < 1.3 * size, stored
 
 
 def test_bad_calls_are_refused():
