@@ -591,6 +591,20 @@ def test_configs_of_half_a_billion():
         assert (cfg.weight_decay, cfg.warmup_ratio, cfg.grad_clip) == (0.01, 0.01, 1.0)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_configs_that_keep_what_the_parent_knew(architecture):
+    """They differ from their architecture's plain config in what they are about, and in nothing else."""
+    plain, soft = configure("", [f"config/{architecture}_05b.py"], train.TrainConfig, ModelConfig)
+    ways = {
+        "anneal": ({"capacity_start": 1.0, "capacity_anneal_steps": 1800}, {"gate": "straight_through"}),
+        "distill": ({"distill_from": plain["init_from"]}, {"distill_weight": 1.0}),
+    }
+    for way, (train_keys, model_keys) in ways.items():
+        given = configure("", [f"config/{architecture}_05b_{way}.py"], train.TrainConfig, ModelConfig)
+        assert given[0] == plain | train_keys | {"out_dir": f"out/{architecture}_05b_{way}"}
+        assert given[1] == soft | model_keys
+
+
 @pytest.mark.parametrize("name", ["quickstart", "demo", "scratch_50m"])
 def test_configs_from_scratch(name):
     keys, model_keys = configure("", [f"config/{name}.py"], train.TrainConfig, ModelConfig)
