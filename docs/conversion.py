@@ -42,8 +42,8 @@ def train(out_dir, *keys):
 def study(jobs):
     """{(architecture, method): [metrics of each seed]}; dense has the method "dense"."""
     train(PARENT, "--architecture=dense")
-    runs = {(a, m, seed): METHODS[m] for seed in SEEDS for a in ("mod", "dtf", "stt") for m in METHODS}
-    runs |= {("dense", "dense", seed): [] for seed in SEEDS}
+    runs = {("dense", "dense", seed): [] for seed in SEEDS}
+    runs |= {(a, m, seed): METHODS[m] for seed in SEEDS for a in ("mod", "dtf", "stt") for m in METHODS}
 
     def adapt(item):
         (architecture, method, seed), keys = item
