@@ -10,11 +10,14 @@ Sequence n of the endless training stream is a pure function of (seed, n), so it
 ranks, the micro-batch or the restarts. Nothing in memory grows with the corpus.
 
     python data.py verify DIR               compare every file with its SHA-256 in the manifest
+    python data.py show DIR --sequence=4096-4099 --seq_len=256 --seed=42     the text of these sequences of training: what
+                                            train.py names when the loss jumps
 """
 
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -219,14 +222,44 @@ class TokenData:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (count, seq_len) each
 
 
+@dataclass
+class ShowConfig:
+    sequence: str = "0"  # number of a sequence of the training stream, or first-last
+    seq_len: int = 256  # tokens of a sequence, as in training
+    seed: int = 42  # of the order of the data, as in training
+
+
+def show(data_dir, cfg):
+    """Print the text of sequences of the training stream, each under its number and source. Raises DataError."""
+    from tokenizers import Tokenizer
+
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", cfg.sequence)
+    if not numbers or cfg.seq_len < 1 or int(numbers[2] or numbers[1]) < int(numbers[1]):
+        raise DataError(f"sequence={cfg.sequence!r}, seq_len={cfg.seq_len}: N or N-M, and at least 1 token")
+    data = TokenData(data_dir, "train", cfg.seq_len, cfg.seed)
+    if not (data.data_dir / "tokenizer.json").exists():
+        raise DataError(f"{data_dir} has no tokenizer.json: its tokens cannot be read")
+    tokenizer = Tokenizer.from_file(str(data.data_dir / "tokenizer.json"))
+    for number in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1):
+        (source,), (block,) = data.locate(number, 1)
+        ids, _ = data.batch(number, 1)
+        print(f"--- sequence {number}: {data.names[source]}, tokens {block * cfg.seq_len:,} and on")
+        print(tokenizer.decode(ids[0].tolist(), skip_special_tokens=False))
+
+
 def main(argv):
-    if "--help" in argv or "-h" in argv:
+    if not argv or "--help" in argv or "-h" in argv:
         print(__doc__.strip())
-        return
-    if len(argv) != 2 or argv[0] != "verify":
-        raise DataError(f"data.py takes `verify DIR`, not {' '.join(argv)!r}")
-    verify(argv[1])
-    print(f"{argv[1]}: every file is as it was prepared")
+    elif argv[0] == "show" and len(argv) > 1:
+        from configurator import configure
+
+        (settings,) = configure(__doc__, argv[2:], ShowConfig)
+        show(argv[1], ShowConfig(**settings))
+    elif argv[0] == "verify" and len(argv) == 2:
+        verify(argv[1])
+        print(f"{argv[1]}: every file is as it was prepared")
+    else:
+        raise DataError(f"data.py takes `verify DIR` or `show DIR --sequence=N`, not {' '.join(argv)!r}")
 
 
 if __name__ == "__main__":
