@@ -69,7 +69,8 @@ def written_whole(path):
         partial.rename(path)
         flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as e:  # what os, torch.save and safetensors say to a full disk
-        raise CheckpointError(f"cannot write {path}: {e}") from e
+        free = shutil.disk_usage(path.parent).free / 1e6  # torch does not say that it is the disk
+        raise CheckpointError(f"cannot write {path}: {e} ({free:.1f} MB free)") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """What several tests build: small models whose routers really select, and random prompts."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -35,6 +36,24 @@ def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
     return model
+
+
+def toy_data(folder: Path, vocab: int = 64) -> Path:
+    """A token folder whose next token is one of four: about log 4 of loss to be reached, log 64 to start from."""
+    rng, source = np.random.default_rng(0), {"weight": 1.0}
+    folder.mkdir(exist_ok=True)
+    for split, n in (("train", 40_000), ("val", 700)):
+        tokens = (np.cumsum(rng.choice([1, 1, 1, 2, 5], n)) % vocab).astype("<u2")
+        file = folder / split / "toy-00000.bin"
+        file.parent.mkdir()
+        tokens.tofile(file)
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        entry = {"name": f"{split}/toy-00000.bin", "tokens": n, "sha256": sha256}
+        source[split] = {"tokens": n, "documents": 1, "files": [entry]}
+    manifest = {"version": 1, "tokenizer": "toy", "dtype": "uint16", "vocab_size": vocab, "eot_token": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sources": {"toy": source}}))
+    (folder / "tokenizer.json").write_text('{"toy": true}')
+    return folder
 
 
 def golden_model(architecture: str) -> tuple[Transformer, dict]:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 import tracemalloc
@@ -7,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from helpers import toy_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,3 +232,28 @@ def test_verify_names_the_altered_file(two):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "altered since they were prepared: train/big-00003.bin;" in done.stderr
+
+
+def test_show_prints_the_sequences_of_training(tmp_path, monkeypatch, capsys):
+    """Their text, from the raw file: block b of the one source begins at token b · seq_len."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = toy_data(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    monkeypatch.setattr(sys, "argv", ["data.py", "show", str(folder), "--sequence=5-6", "--seq_len=16", "--seed=7"])
+    runpy.run_path("data.py", run_name="__main__")
+    out = capsys.readouterr().out.splitlines()
+    tokens = np.fromfile(folder / "train" / "toy-00000.bin", "<u2")
+    (_, blocks), data = TokenData(folder, "train", 16, seed=7).locate(5, 2), TokenData(folder, "train", 16, seed=7)
+    for number, block, head, text in zip((5, 6), blocks, out[::2], out[1::2], strict=True):
+        assert head == f"--- sequence {number}: toy, tokens {block * 16:,} and on"
+        assert text.split() == [f"w{t}" for t in tokens[block * 16 : block * 16 + 16]]
+        assert text.split() == [f"w{t}" for t in data.batch(number, 1)[0][0].tolist()]
+    for argument, message in (("--sequence=6-5", "sequence='6-5'"), ("--sequense=1", "did you mean sequence")):
+        monkeypatch.setattr(sys, "argv", ["data.py", "show", str(folder), argument])
+        with pytest.raises(SystemExit) as e:
+            runpy.run_path("data.py", run_name="__main__")
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and message in err and err.count("\n") == 1

@@ -1,6 +1,5 @@
 """The training loop: its numbers against independent ones, one run on any number of ranks, stopped, resumed, poisoned."""
 
-import hashlib
 import json
 import math
 import os
@@ -10,15 +9,19 @@ import runpy
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import toy_data
 
+import parallel
 import prepare
 import train
 from configurator import ConfigError, configure
@@ -32,21 +35,7 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A token folder whose next token is one of four: about log 4 of loss to be reached, log 64 to start from."""
-    folder = tmp_path_factory.mktemp("data")
-    rng, source = np.random.default_rng(0), {"weight": 1.0}
-    for split, n in (("train", 40_000), ("val", 700)):
-        tokens = (np.cumsum(rng.choice([1, 1, 1, 2, 5], n)) % VOCAB).astype("<u2")
-        file = folder / split / "toy-00000.bin"
-        file.parent.mkdir()
-        tokens.tofile(file)
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        entry = {"name": f"{split}/toy-00000.bin", "tokens": n, "sha256": sha256}
-        source[split] = {"tokens": n, "documents": 1, "files": [entry]}
-    manifest = {"version": 1, "tokenizer": "toy", "dtype": "uint16", "vocab_size": VOCAB, "eot_token": 0}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sources": {"toy": source}}))
-    (folder / "tokenizer.json").write_text('{"toy": true}')
-    return folder
+    return toy_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +296,13 @@ def test_other_micro_batches_read_the_same_sequences(data, start, tmp_path):
     train.main([f"--resume={tmp_path / 'a'}", "--batch_size=8", "--grad_accum_steps=1", "--max_steps=4"])
 
 
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run():
+    """A short version of `python tests/kill_train.py 100`."""
+    command = [sys.executable, "tests/kill_train.py", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "6 kills" in done.stdout and "equal to the bit" in done.stdout, done.stderr
+
+
 # -- stopping, poison, a full disk ------------------------------------------------------------------------------------
 
 
@@ -379,11 +375,67 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
     lines = {line["step"]: line for line in metrics(tmp_path)}
     assert lines[1]["train/loss"] is None and lines[1]["bad_steps"] == 1 and lines[9]["bad_steps"] == 2
+    loss = pytest.approx(math.log(VOCAB), rel=0.2)  # of the text alone: it is the total that was poisoned
+    spikes = [{"step": step + 1, "loss": loss, "sequences": [8 * step, 8 * step + 7]} for step in (0, 1)]
+    assert lines[1]["spikes"] == spikes[:1] and lines[3]["spikes"] == spikes[1:] and "spikes" not in lines[6]
     stream = TokenData(data, "train", SEQ_LEN)
     model = Transformer.from_pretrained(start / "dtf")
     third = np.mean([mean_loss(model, stream.batch(4 * m, 4), "topk") for m in (4, 5)])
     assert lines[3]["train/loss"] == pytest.approx(third, rel=1e-6)  # the one good step of three
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
+
+
+def test_a_spike_is_a_loss_beyond_six_deviations():
+    recent = deque([2.0, 2.2] * 10, maxlen=100)  # mean 2.1, deviation 0.1
+    table = [[2.69, 0.5, 0.0], [4.0, 0.5, 0.0], [math.nan, 0.5, 1.0], [2.1, 0.5, 0.0]]
+    found = train.spikes(table, 44, recent, 8)
+    assert [spike["step"] for spike in found] == [42, 43] and found[0]["sequences"] == [328, 335]
+    assert found[0]["loss"] == 4.0 and found[1]["loss"] is None
+    assert list(recent)[-3:] == [2.69, 4.0, 2.1]
+    assert train.spikes([[1e9, 1.0, 0.0]], 1, deque([1.0] * 19), 8) == []  # too early to tell
+
+
+def test_out_of_memory_names_the_flags(data, start, tmp_path, monkeypatch, capsys):
+    def forward(*arguments, **keys):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    arguments = [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={tmp_path}"]
+    status, err = script(monkeypatch, capsys, arguments)
+    last = err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in err and "Tried to allocate 2.00 GiB" in last
+    for flag in ("--batch_size", "--grad_accum_steps", "--gradient_checkpointing", "--parallel=fsdp", "--offload"):
+        assert flag in last
+
+
+def test_the_clock_stops_a_run_too(runs, data, start, tmp_path, capsys):
+    arguments = [*common(data), f"--init_from={start / 'stt'}", f"--out_dir={tmp_path}", "--resume=auto"]
+    train.main([*arguments, "--max_seconds=0.001"])
+    assert "max_seconds=0.001: stopped and saved in" in capsys.readouterr().err
+    assert not (tmp_path / "final_model").exists() and (tmp_path / "step_0000001").is_dir()
+    train.main([*arguments, "--max_seconds=0"])
+    assert_same_run(runs / "stt", tmp_path)
+
+
+def test_a_small_disk_that_is_really_full(runs, data, start, tmp_path, capsys):
+    """Room for one checkpoint and not for two: the first stays, training goes on, and with more room all is well."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        arguments = [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={disk / 'run'}", "--keep_last=1"]
+        with pytest.raises(train.CheckpointError, match="step 9 is not saved in .*: make room"):
+            train.main(arguments)
+        err = capsys.readouterr().err
+        assert "warning: step 8 is not saved" in err and "(0.0 MB free)" in err
+        assert [path.name for path in (disk / "run").glob("step_*")] == ["step_0000004"]
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        train.main([*arguments, "--resume=auto"])
+        assert_same_run(runs / "dtf", disk / "run")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_too_many_bad_steps_end_the_run(data, start, tmp_path, monkeypatch):
@@ -603,6 +655,30 @@ def test_configs_that_keep_what_the_parent_knew(architecture):
         given = configure("", [f"config/{architecture}_05b_{way}.py"], train.TrainConfig, ModelConfig)
         assert given[0] == plain | train_keys | {"out_dir": f"out/{architecture}_05b_{way}"}
         assert given[1] == soft | model_keys
+
+
+@pytest.mark.parametrize("size, parameters", [("3B", 3_085_938_688), ("7B", 7_615_616_512)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_configs_of_billions_are_sharded_and_fit(architecture, size, parameters):
+    """Qwen2.5's published counts and less than one per cent of routed parts; by the estimate on 8 GPUs of 80 GB."""
+    path = f"config/{architecture}_{size.lower()}.py"
+    keys, model_keys = configure("", [path], train.TrainConfig, ModelConfig)
+    cfg = train.TrainConfig(**keys)
+    assert (
+        cfg.init_from == f"Qwen/Qwen2.5-{size}"
+        and cfg.parallel == "fsdp"
+        and model_keys["architecture"] == architecture
+    )
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.preset(size, **model_keys))
+    assert parameters < sum(p.numel() for p in model.parameters()) < 1.01 * parameters
+    parts = parallel.memory(model, cfg, 8, cfg.grad_accum_steps // 8, bf16=True)
+    assert f"{sum(parts.values()) / 1e9:.0f} GB as an estimate" in Path(path).read_text()
+    assert sum(parts.values()) < 64e9
+    whole = parallel.memory(
+        model, train.TrainConfig(**keys | {"parallel": "ddp"}), 8, cfg.grad_accum_steps // 8, bf16=True
+    )
+    assert whole["optimizer"] == pytest.approx(8 * parts["optimizer"]) == pytest.approx(8 * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "demo", "scratch_50m"])

@@ -1,0 +1,66 @@
+"""What training costs beside the steps themselves; run on demand, figures in docs/LOG.md.
+
+python tests/measure_train.py memory     resident memory over 2,000 steps of a tiny model, first and last 500 compared
+python tests/measure_train.py save       a step that saves against one that does not, at 50M parameters
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from helpers import toy_data
+from kill_train import arguments, fork
+
+import train
+
+
+def memory(folder):
+    """Checkpoints, evaluations and logs included; the anonymous part, which is what the program holds."""
+    out, readings = folder / "run", {}
+    intervals = {"log_interval": 10, "save_interval": 100, "eval_interval": 100}
+    child = fork(arguments(toy_data(folder / "data"), out, max_steps=2000, **intervals))
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        time.sleep(0.05)
+        try:
+            status = Path(f"/proc/{child}/status").read_text()
+            step = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+            readings.setdefault(step, []).append(int(status.split("RssAnon:")[1].split()[0]) / 1024)
+        except (OSError, IndexError, ValueError):  # not there yet, or half a line
+            continue
+    halves = [[r for step in readings if a < step <= b for r in readings[step]] for a, b in ((0, 500), (1500, 2000))]
+    for name, values in zip(("first", "last"), halves, strict=True):
+        print(f"{name} 500 steps: {statistics.mean(values):.1f} MB in the mean, {max(values):.1f} at most")
+
+
+def save(folder):
+    """Times from one clipping of gradients to the next: a saving step's own end, and then the writing thread, fall in."""
+    times, clip = [], train.parallel.clip_grad_norm
+
+    def clocked(*arguments):
+        times.append(time.perf_counter())
+        return clip(*arguments)
+
+    train.parallel.clip_grad_norm = clocked
+    keys = {"size": "50M", "seq_len": 1024, "batch_size": 2, "grad_accum_steps": 2, "max_steps": 25, "save_interval": 4}
+    argv = arguments(toy_data(folder / "data"), folder / "run", **keys, eval_interval=0, vocab_size=4096)
+    train.main([a for a in argv if not a.startswith(("--hidden", "--interm", "--num_"))])
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)][1:]  # number n: from step n + 2 to n + 3
+    saving = [s for n, s in enumerate(steps) if (n + 2) % 4 == 0]
+    ordinary = [s for n, s in enumerate(steps) if (n + 2) % 4 == 3]  # the one before: nothing is being written
+    print(
+        f"ordinary {statistics.median(ordinary):.2f} s, saving {statistics.median(saving):.2f} s, medians of", end=" "
+    )
+    ratios = [s / o for s, o in zip(saving, ordinary, strict=False)]
+    print(f"{len(ratios)} pairs: ratio {statistics.median(saving) / statistics.median(ordinary):.3f}; {ratios}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        {"memory": memory, "save": save}[sys.argv[1]](Path(temporary))
