@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -48,10 +49,10 @@ def save(folder):
         return clip(*arguments)
 
     train.parallel.clip_grad_norm = clocked
-    keys = {"size": "50M", "seq_len": 1024, "batch_size": 2, "grad_accum_steps": 2, "max_steps": 25, "save_interval": 4}
+    keys = {"size": "50M", "seq_len": 512, "batch_size": 4, "grad_accum_steps": 2, "max_steps": 25, "save_interval": 4}
     argv = arguments(toy_data(folder / "data"), folder / "run", **keys, eval_interval=0, vocab_size=4096)
     train.main([a for a in argv if not a.startswith(("--hidden", "--interm", "--num_"))])
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)][1:]  # number n: from step n + 2 to n + 3
+    steps = [b - a for a, b in pairwise(times)][1:]  # number n: from step n + 2 to n + 3
     saving = [s for n, s in enumerate(steps) if (n + 2) % 4 == 0]
     ordinary = [s for n, s in enumerate(steps) if (n + 2) % 4 == 3]  # the one before: nothing is being written
     print(
