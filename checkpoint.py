@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from configurator import ConfigError, cli
-from model import ModelConfig, ModelError, Transformer, local_rows
+from model import INDEX, ModelConfig, ModelError, Transformer, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
 WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
@@ -347,34 +347,31 @@ def append_lines(path, lines):
     lines.clear()
 
 
-def export(step_dir, out_dir, shard_bytes=5 * 10**9):
-    """The model directory of a checkpoint. Of a sharded one `shard_bytes` are in memory at a time, a file of the result."""
+def export(step_dir, out_dir, shard_size=5 * 10**9):
+    """The model directory of a checkpoint. Of a sharded one, a file of at most `shard_size` bytes is in memory at a time."""
     with written_whole(out_dir) as partial:
         if not is_sharded(step_dir):
             return write_model(Transformer.from_pretrained(step_dir), partial, step_dir)
+        from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
         from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-        copy_tokenizer(step_dir, partial)
-        shutil.copyfile(Path(step_dir) / "config.json", partial / "config.json")
         stored = HuggingFaceStorageReader(str(step_dir)).read_metadata().state_dict_metadata
-        files, size = [[]], 0
-        for name in sorted(name for name in stored if "/" not in name):
-            size += stored[name].size.numel() * stored[name].properties.dtype.itemsize
-            if size > shard_bytes and files[-1]:
-                files.append([])
-                size = stored[name].size.numel() * stored[name].properties.dtype.itemsize
-            files[-1].append(name)
-        where = {}
-        for i, names in enumerate(files):
-            end = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-            tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+        weights = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in stored.items()
+            if "/" not in name  # AdamW's state
+        }
+        split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
+        for file, names in split.filename_to_tensors.items():
+            tensors = {name: torch.empty_like(weights[name], device="cpu") for name in names}
             read_shards(step_dir, tensors)
-            save_file(tensors, partial / f"model{end}.safetensors", metadata={"format": "pt"})
-            where |= dict.fromkeys(names, f"model{end}.safetensors")
-        if len(files) > 1:
-            index = {"metadata": {}, "weight_map": where}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (partial / INDEX).write_text(json.dumps(index, indent=2))
+        shutil.copyfile(Path(step_dir) / "config.json", partial / "config.json")
+        copy_tokenizer(step_dir, partial)
 
 
 def main(argv):

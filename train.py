@@ -513,6 +513,8 @@ def train(argv):
     )
     say(f"{device}, {world} rank(s){', sharded' * sharded}, {'bfloat16' if bf16 else 'float32'}")
     parts = parallel.memory(model, cfg, world, micro_steps, bf16)
+    if teacher:
+        parts["teacher"] = sum(p.nbytes for p in teacher.parameters())
     total = f"{sum(parts.values()) / 1e9:.2f} GB = "
     say("memory per rank, estimated: " + total + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items()))
     for group in groups:
@@ -745,6 +747,7 @@ def train(argv):
         say(f"{why}: stopped and saved in {path}; --resume=auto goes on")
     if wandb_run:
         wandb_run.finish()
+    del wrapped  # DDP goes before its process group: the other way round its destructor has been seen to wait for ever
     if dist.is_initialized():
         dist.barrier()  # no rank leaves while the main one still writes
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ JOB = """
 import faulthandler, json, os, sys
 import train
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # several jobs in one process, each with a store of its own
-faulthandler.dump_traceback_later(150, exit=True)  # a hang shows where
+faulthandler.dump_traceback_later(400, exit=True)  # a hang shows where
 for i, arguments in enumerate(json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 10000 + i)  # below those that the system hands out
     train.main(arguments)
@@ -36,7 +36,7 @@ def torchrun(folder, ranks, jobs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [folder / "job.py", json.dumps([[str(a) for a in job] for job in jobs])]
     env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=450, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -167,7 +167,7 @@ def test_a_damaged_share_is_refused(runs, tmp_path):
 
 def test_a_sharded_step_is_exported_a_file_at_a_time(runs, tmp_path):
     step, final = runs / "fsdp2" / "dtf" / "step_0000020", runs / "fsdp2" / "dtf" / "final_model"
-    checkpoint.export(step, tmp_path / "out", shard_bytes=20_000)
+    checkpoint.export(step, tmp_path / "out", shard_size=20_000)
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")]
     assert len(sizes) > 2 and max(sizes) < 25_000
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"toy": true}'
