@@ -593,6 +593,8 @@ def train(argv):
         signal.signal(number, on_signal)
 
     if not resumed:
+        if cfg.capacity_start is not None:
+            model.set_capacity(annealed(0, cfg.capacity_start, model_config["capacity"], cfg.capacity_anneal_steps))
         record(validate())
     mine = range(step * cfg.grad_accum_steps + rank, cfg.max_steps * cfg.grad_accum_steps, world)  # micro-batches
     stream = batches(data, (number * cfg.batch_size for number in mine), cfg.batch_size, device)

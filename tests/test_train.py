@@ -709,6 +709,17 @@ def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
     assert not (tmp_path / "other").exists()  # found before the first step
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_an_annealed_conversion_starts_as_its_parent(architecture, data, start, tmp_path):
+    keys = [*common(data), f"--init_from={start / 'dense'}", "--max_steps=1"]
+    train.main([*keys, f"--out_dir={tmp_path / 'dense'}"])
+    keys += [f"--architecture={architecture}", "--gate=straight_through"]
+    keys += ["--capacity_start=1.0", "--capacity_anneal_steps=8", f"--out_dir={tmp_path / 'routed'}"]
+    train.main(keys)
+    parent, child = (metrics(tmp_path / name)[0]["val/loss"] for name in ("dense", "routed"))
+    assert child == pytest.approx(parent, rel=1e-5)
+
+
 def test_distillation(data, start, tmp_path, capsys):
     keys = [*common(data), f"--init_from={start / 'dense'}", "--architecture=mod", "--gate=straight_through"]
     keys += [f"--distill_from={start / 'dense'}", "--distill_weight=0.5"]
