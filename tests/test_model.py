@@ -1,6 +1,7 @@
 """The model against transformers' Qwen2, the golden files, closed forms and brute force."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_golden_files_are_reproduced(architecture):
                 if ours in out.tokens[layer] and f"{routing}.layers.{layer}.{name}" in golden.files:
                     expected = torch.tensor(golden[f"{routing}.layers.{layer}.{name}"])
                     assert relative_error(out.tokens[layer][ours][0], expected) <= 1e-4
+
+
+@pytest.mark.skipif(not os.environ.get("COMPILE"), reason="COMPILE=1: a quarter of a minute each on two cores")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_golden_files_are_reproduced_by_the_compiler(architecture, dtype, tolerance):
+    model, golden = golden_model(architecture)
+    torch._dynamo.reset()
+    model.to(dtype).compile_trunk()
+    with torch.no_grad():
+        out = model(torch.tensor(golden["input_ids"])[None], return_masks=True)
+    assert relative_error(out.logits[0], torch.tensor(golden["topk.logits"])) <= tolerance
+    for layer, mask in out.masks.items():
+        assert mask[0].tolist() == golden[f"topk.layers.{layer}.mask"].tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
