@@ -1051,6 +1051,8 @@ def weight_files(directory: str):
     elif os.path.exists(os.path.join(directory, "model.safetensors")):
         shards = ["model.safetensors"]
     else:
+        if any(name.startswith("shard-") for name in os.listdir(directory)):
+            raise ModelError(f"{directory} is a sharded checkpoint: python checkpoint.py export makes a model of it")
         pickles = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
         found = f" but pickled weights ({pickles[0]})" if pickles else ""
         raise ModelError(f"{directory} holds no model.safetensors{found}: convert the model to safetensors first")

@@ -16,7 +16,7 @@ import checkpoint
 import parallel
 import train
 from checkpoint import CheckpointError
-from model import ModelConfig, Transformer
+from model import ModelConfig, ModelError, Transformer
 
 STEPS = ["--grad_accum_steps=4", "--max_steps=20", "--log_interval=1", "--eval_interval=10", "--save_interval=0"]
 JOB = """
@@ -167,6 +167,8 @@ def test_a_damaged_share_is_refused(runs, tmp_path):
 
 def test_a_sharded_step_is_exported_a_file_at_a_time(runs, tmp_path):
     step, final = runs / "fsdp2" / "dtf" / "step_0000020", runs / "fsdp2" / "dtf" / "final_model"
+    with pytest.raises(ModelError, match="sharded checkpoint: python checkpoint.py export"):
+        Transformer.from_pretrained(step)
     checkpoint.export(step, tmp_path / "out", shard_size=20_000)
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")]
     assert len(sizes) > 2 and max(sizes) < 25_000
