@@ -14,6 +14,7 @@ to disk, then renamed: a plain name is a complete checkpoint. One that was damag
 used. Either kind is resumed on any number of ranks, sharded or not.
 
     python checkpoint.py export STEP_DIR OUT_DIR     weights, config and tokenizer of a saved step, nothing else
+    python checkpoint.py merge LORA_DIR OUT_DIR      a plain model of what a run with --lora saved: step or final_model
 """
 
 import copy
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+import lora
 from configurator import ConfigError, cli
 from model import INDEX, ModelConfig, ModelError, Transformer, local_rows
 
@@ -157,7 +159,7 @@ def save(out_dir, state, model, optimizer, mine, tokenizer_dir, keep_last, lines
 
     elif rank == 0:
         then = copy.copy(model)  # its configuration may change while it is written
-        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.own_state().items()}
         stored = optimizer.state_dict()
         for i, tensors in stored["state"].items():
             stored["state"][i] = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
@@ -377,11 +379,19 @@ def export(step_dir, out_dir, shard_size=5 * 10**9):
 def main(argv):
     if not argv or argv[0] in ("--help", "-h"):
         return print(__doc__.strip())
-    if argv[0] != "export" or len(argv) != 3:
-        raise ConfigError(f"{' '.join(argv)}: usage is python checkpoint.py export STEP_DIR OUT_DIR")
+    if argv[0] not in ("export", "merge") or len(argv) != 3:
+        raise ConfigError(f"{' '.join(argv)}: usage is python checkpoint.py export STEP_DIR OUT_DIR, or merge")
     step_dir, out_dir = map(Path, argv[1:])
     if out_dir.exists():
-        raise ConfigError(f"{out_dir} already exists: export writes a new directory")
+        raise ConfigError(f"{out_dir} already exists: {argv[0]} writes a new directory")
+    if argv[0] == "merge":
+        model = Transformer.from_pretrained(step_dir)
+        if not model.lora_rank:
+            raise ConfigError(f"{step_dir} is a plain model already: only what a run with --lora saved can be merged")
+        lora.merge(model)
+        with written_whole(out_dir) as partial:
+            write_model(model, partial, step_dir)
+        return None
     verify(step_dir)
     export(step_dir, out_dir)
     architecture = json.loads((out_dir / "config.json").read_text())["architecture"]

@@ -665,6 +665,11 @@ class Transformer(nn.Module):
         return [layer for layer in self.model.layers if isinstance(layer, RoutedBlock)]
 
     @property
+    def lora_rank(self) -> int:
+        """r of the LoRA adapters that lora.py has put in, 0 without."""
+        return self.peft_config["default"].r if hasattr(self, "peft_config") else 0
+
+    @property
     def head_weight(self) -> torch.Tensor:
         """(V, d): the head's own matrix, or the embedding where the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -813,16 +818,22 @@ class Transformer(nn.Module):
 
         A multiplication and an addition count as two. Counted are all matrix products: projections, attention (queries
         by keys and weights by values over the full square of the packed length, as FlopCounterMode counts it), routers,
-        priors and the head. training adds the backward pass (twice the forward pass) and STT's dense pass.
+        priors and the head. training adds the backward pass (twice the forward pass) and STT's dense pass; with LoRA it makes
+        no gradients of the base's weights.
         capacity: other than the configured one, a float or one float per routed layer.
         """
         cfg = self.config
         d, T = cfg.hidden_size, seq_len
         kv = cfg.num_key_value_heads * cfg.head_dim
-        predictor = 6 * d * cfg.prior_width
+        predictor, r = 6 * d * cfg.prior_width, self.lora_rank
+        linear = 4 * d * d + 4 * d * kv + 6 * d * cfg.intermediate_size  # of one token
+        adapters = 2 * r * (9 * d + 2 * kv + 3 * cfg.intermediate_size)
+        frozen = 2.0 * T * d * cfg.vocab_size if r else 0.0  # products with a weight that gets no gradient
 
         def block(n):  # of n packed tokens
-            return n * (4 * d * d + 4 * d * kv + 6 * d * cfg.intermediate_size) + 4 * n * n * d
+            nonlocal frozen
+            frozen += n * linear if r else 0
+            return n * (linear + adapters) + 4 * n * n * d
 
         total, detached = 2.0 * T * d * cfg.vocab_size, 0.0
         shares = iter(broadcast(cfg.capacity if capacity is None else capacity, len(cfg.routed_layers)))
@@ -838,22 +849,39 @@ class Transformer(nn.Module):
             if kind is STTBlock and training:
                 total += block(T) + T * predictor
             total += 0 if kind is STTBlock and training and cfg.stt_output == "dense" else block(k)
+        if r:  # the frozen embedding takes no gradient: none is made through the first layer's q, k, v, nor a prior's input
+            frozen += T * (2 * d * d + 4 * d * kv + 6 * r * d)
+            frozen += 4 * T * d * cfg.prior_width if layer_class(cfg, 0) is DecisionBlock else 0
         # A causal router's backward pass has no input gradient: its input is detached.
-        return ((3 * total + 2 * detached) if training else (total + detached)) / T
+        return ((3 * total + 2 * detached - frozen) if training else (total + detached)) / T
 
     # -- weights in and out -------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """The tensors that `save_pretrained` writes: all, or with LoRA those that are not of the frozen base."""
+        if not self.lora_rank:
+            return self.state_dict()
+        import lora
+
+        return lora.own_state(self)
 
     def save_pretrained(self, directory: str, state_dict: dict | None = None, shard_size: int = 5 * 10**9):
         """Writes config.json and model.safetensors, or several files and their index where it would pass shard_size bytes.
 
         Each is written to a temporary name first; weights that an earlier call left there go. state_dict: instead of its
-        own.
+        own. Of a model with LoRA only what was trained is written: see lora.py.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
 
         os.makedirs(directory, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
+        state_dict = state_dict or self.own_state()
+        if self.lora_rank:
+            import lora
+
+            lora.save(self, directory, state_dict)
+            return self.save_config(directory)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_size)
         for file, names in split.filename_to_tensors.items():
             with replacing(os.path.join(directory, file)) as temporary:
@@ -896,6 +924,12 @@ class Transformer(nn.Module):
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise ModelError(f"{config_path} is not a model configuration: {error}") from None
         config = ModelConfig.from_dict(stored, **config_overrides)
+        if os.path.exists(os.path.join(directory, "adapter_config.json")):
+            if shard is not None:
+                raise ModelError(f"{directory} is a LoRA adapter, which cannot be sharded: leave parallel=fsdp out")
+            import lora
+
+            return lora.load(directory, asdict(config), dtype)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -1029,15 +1063,8 @@ def find_model(name: str) -> str:
         raise ModelError(f"cannot fetch {name} from the hub: {reason}") from None
 
 
-def weight_files(directory: str):
-    """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
-
-    The function takes the rows to read, a slice; None for all. It opens the file anew: what a file has once mapped would
-    stay in this process's memory, the checkpoint a second time. Raises ModelError for files that are missing, damaged or
-    no safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
+def weight_paths(directory: str) -> list[str]:
+    """The safetensors files of a model directory, in order. Raises ModelError where there are none."""
     index = os.path.join(directory, INDEX)
     if os.path.exists(index):
         try:
@@ -1056,8 +1083,19 @@ def weight_files(directory: str):
         pickles = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
         found = f" but pickled weights ({pickles[0]})" if pickles else ""
         raise ModelError(f"{directory} holds no model.safetensors{found}: convert the model to safetensors first")
-    for shard in shards:
-        path = os.path.join(directory, shard)
+    return [os.path.join(directory, shard) for shard in shards]
+
+
+def weight_files(directory: str):
+    """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
+
+    The function takes the rows to read, a slice; None for all. It opens the file anew: what a file has once mapped would
+    stay in this process's memory, the checkpoint a second time. Raises ModelError for files that are missing, damaged or
+    no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in weight_paths(directory):
 
         def read(name, rows, path=path):
             with safe_open(path, framework="pt") as f:

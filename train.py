@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import lora
 import parallel
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
@@ -63,6 +64,7 @@ class TrainConfig:
     lr_prior: float = 1e-3  # rate of priors and transition networks
     lr_router: float = 1e-2  # rate of routers and surprise gates
     lr_causal_router: float = 1e-3  # rate of causal routers
+    lr_lora: float = 1e-4  # rate of LoRA adapters
     min_lr_ratio: float = 0.1  # where the cosine decay ends, as a share of the rate
     warmup_ratio: float = 0.01  # share of the steps with linear warm-up
     weight_decay: float = 0.01  # of matrices only
@@ -70,19 +72,11 @@ class TrainConfig:
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: int = 0  # steps until the annealed capacity reaches its value
     distill_from: str = ""  # dense parent to distil from: a directory or a hub id (weight of its loss: distill_weight)
-    max_bad_steps: int = 10  # end the run after so many steps in a row without a finite loss and gradient
-
-    seed: int = 42  # of initial weights and of the order of the data
-    device: str = "auto"  # auto, cuda, mps, cpu
-    dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
-    compile: bool = False  # torch.compile
-    gradient_checkpointing: bool = False  # less memory, a third more compute
-    parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
-    offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
-
-    eval_tasks: list[str] = field(
-        default_factory=list
-    )  # what bench.py runs on final_model at the end, e.g. general,math
+    lora: bool = False  # freeze the weights of init_from and train adapters beside them, and all routed parts (lora.py)
+    lora_r: int = 16  # rank of the adapters
+    lora_alpha: float = 32  # an adapter's product is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.05  # on the input of the adapters
+    lora_merge: bool = False  # final_model is a plain model, the adapters added to its weights
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: into out_dir only)
     wandb_project: str = "nanodtf"  # W&B project
     wandb_entity: str = ""  # W&B user or team (empty: your default)
@@ -115,6 +109,17 @@ class TrainConfig:
             problems.append("offload=True needs parallel=fsdp")
         if (self.capacity_start is None) != (self.capacity_anneal_steps == 0):
             problems.append("capacity_start and capacity_anneal_steps need each other: set both or none")
+        if self.lora and self.init_from == "scratch":
+            problems.append("lora=True needs pretrained weights: set init_from")
+        if self.lora and self.parallel == "fsdp":
+            problems.append("lora=True does not work with parallel=fsdp: its frozen weights need no dividing, use ddp")
+        if self.lora_merge and not self.lora:
+            problems.append("lora_merge=True needs lora=True")
+        if self.lora_r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            problems.append(
+                f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}: they must be at "
+                "least 1, above 0, and in [0, 1)"
+            )
         if self.lr_base is None:
             self.lr_base = 1e-3 if self.init_from == "scratch" else 1e-5
         if problems:
@@ -128,6 +133,7 @@ class TrainError(ValueError):
 # What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
 # the data, and batch_size · grad_accum_steps (their product alone decides which sequences make a step).
 FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps", "distill_from")
+FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
 
 OUT_OF_TIME = signal.SIGALRM  # what --max_seconds is among the signals
 
@@ -207,6 +213,7 @@ def param_groups(model, cfg):
         for part in ("router", "causal_router", "prior", "transition"):
             if f".{part}." in name:
                 kind = "prior" if part == "transition" else part
+        kind = "lora" if ".lora_" in name else kind
         if p.requires_grad:
             decay = cfg.weight_decay if p.ndim >= 2 else 0.0
             group = groups.setdefault((kind, p.ndim >= 2), {"name": kind, "params": [], "weight_decay": decay})
@@ -444,6 +451,12 @@ def train(argv):
             parts = Counter(part for _, part in {tuple(name.split(".")[2:4]) for name in model.initialized})
             new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in parts.items()) or "nothing"
             say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
+            if model.lora_rank:
+                raise ConfigError(
+                    f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)"
+                )
+            if cfg.lora:
+                lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
         check_fit(cfg, model_cfg, data, world)
     model_config = model_cfg.to_dict()  # as asked for; annealing changes model.config
     model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -466,6 +479,7 @@ def train(argv):
     # -- the optimizer
     groups = param_groups(model, cfg)
     rates = {"base": cfg.lr_base, "prior": cfg.lr_prior, "router": cfg.lr_router, "causal_router": cfg.lr_causal_router}
+    rates["lora"] = cfg.lr_lora
     rates = {kind: rates[kind] for kind in rates if any(group["name"] == kind for group in groups)}
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr_base, betas=(0.9, 0.95), fused=True)
 
@@ -507,7 +521,8 @@ def train(argv):
             wandb_run = start_wandb(cfg, model_cfg, run_id, resumed)
 
     epochs = cfg.max_steps * tokens_per_step / data.tokens
-    say(f"{model_cfg.architecture}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
+    say(f"{model_cfg.architecture}: {sizes[0]:,} parameters, {sizes[1]:,} of them trained")
     say(
         f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {tokens_per_step:,} read {epochs:.2f} epochs"
     )
@@ -739,6 +754,8 @@ def train(argv):
         if sharded:
             checkpoint.export(path, out_dir / "final_model")
         else:
+            if cfg.lora_merge:
+                lora.merge(model)
             with checkpoint.written_whole(out_dir / "final_model") as partial:
                 checkpoint.write_model(model, partial, cfg.data_dir)
         say(f"done: {out_dir / 'final_model'}")
