@@ -76,7 +76,7 @@ def save(model: Transformer, directory: str, state: dict[str, torch.Tensor]):
     for file, tensors in files.items():
         if tensors:
             with replacing(os.path.join(directory, file)) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt", "base_sha256": model.base_digest})
+                save_file(tensors, temporary, metadata={"base_sha256": model.base_digest})
     with replacing(os.path.join(directory, CONFIG)) as temporary, open(temporary, "w") as f:
         json.dump(model.peft_config["default"].to_dict() | {"inference_mode": True}, f, indent=2)
 

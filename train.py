@@ -77,6 +77,19 @@ class TrainConfig:
     lora_alpha: float = 32  # an adapter's product is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.05  # on the input of the adapters
     lora_merge: bool = False  # final_model is a plain model, the adapters added to its weights
+    max_bad_steps: int = 10  # end the run after so many steps in a row without a finite loss and gradient
+
+    seed: int = 42  # of initial weights and of the order of the data
+    device: str = "auto"  # auto, cuda, mps, cpu
+    dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
+    compile: bool = False  # torch.compile
+    gradient_checkpointing: bool = False  # less memory, a third more compute
+    parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
+    offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
+
+    eval_tasks: list[str] = field(
+        default_factory=list
+    )  # what bench.py runs on final_model at the end, e.g. general,math
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: into out_dir only)
     wandb_project: str = "nanodtf"  # W&B project
     wandb_entity: str = ""  # W&B user or team (empty: your default)

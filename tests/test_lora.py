@@ -1,5 +1,7 @@
 """LoRA: what is frozen, what is written, and the same logits from our adapter, from peft's own and merged."""
 
+# ruff: noqa: F401, F811 (the fixtures of test_train.py)
+
 import json
 import os
 import re
@@ -9,10 +11,8 @@ import sys
 
 import pytest
 import torch
-from test_train import ROOT, SEQ_LEN, VOCAB, assert_same_run, common, cut_back, metrics, without_clock
-from test_train import data as data
-from test_train import own_signal_handlers as own_signal_handlers
-from test_train import start as start
+from helpers import ARCHITECTURES, random_ids, relative_error, small_model
+from test_train import ROOT, SEQ_LEN, VOCAB, common, cut_back, data, metrics, own_signal_handlers, start, without_clock
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -20,7 +20,6 @@ import kernels
 import lora
 import train
 from configurator import ConfigError
-from helpers import ARCHITECTURES, random_ids, relative_error, small_model
 from model import ModelError, Transformer, is_routed_part
 
 PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
@@ -66,11 +65,11 @@ def test_saved_loaded_and_merged_logits_are_equal(architecture, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     merged = Transformer.from_pretrained(tmp_path / "merged")
     assert set(merged.state_dict()) == set(weights)
-    for routing in before:
+    for routing, unadapted in before.items():
         logits = model(ids, routing=routing).logits
         assert torch.equal(loaded(ids, routing=routing).logits, logits)
         assert relative_error(merged(ids, routing=routing).logits, logits) < 1e-5
-        assert relative_error(logits, before[routing]) > 1e-2
+        assert relative_error(logits, unadapted) > 1e-2
     assert torch.equal(loaded.generate(ids, 6), merged.generate(ids, 6))
     base = Transformer.from_pretrained(tmp_path / "base").state_dict()
     assert all(torch.equal(base[name], weights[name]) for name in weights)
@@ -92,7 +91,7 @@ def test_peft_opens_the_adapter_on_transformers_qwen2(tmp_path):
 
 def test_gradients(tmp_path):
     """Of adapters and routed parts only; the same with gradient checkpointing, and through torch.compile in one graph."""
-    model, ids = adapted(small_model("dtf"), tmp_path), random_ids(2, 40)
+    model, ids = adapted(small_model("dtf", num_hidden_layers=2), tmp_path), random_ids(2, 40)
 
     def gradients(trunk):
         model.zero_grad()
@@ -102,7 +101,8 @@ def test_gradients(tmp_path):
 
     expected = gradients(model.model)
     assert set(expected) == {n for n, p in model.named_parameters() if "lora_" in n or is_routed_part(n)}
-    assert all(p.grad is None for n, p in model.named_parameters() if ".base_layer." in n or "norm.weight" in n[-12:])
+    assert all(p.grad is None for n, p in model.named_parameters() if ".base_layer." in n or "layernorm" in n)
+    assert model.head_weight.grad is None
     model.gradient_checkpointing = True
     again = gradients(model.model)
     model.gradient_checkpointing = False
@@ -196,11 +196,11 @@ def test_two_ranks_are_one(data, start, run, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     command += [*arguments(data, start), "--gradient_checkpointing", f"--out_dir={tmp_path / 'two'}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line, other in zip(metrics(run), metrics(tmp_path / "two"), strict=True):
-        for name in ("train/loss", "val/loss", "val/loss_causal", "grad_norm"):
-            assert line.get(name) == pytest.approx(other.get(name), rel=1e-4)
+        for name in {"train/loss", "val/loss", "val/loss_causal", "grad_norm"} & set(line):
+            assert line[name] == pytest.approx(other[name], rel=1e-4)
 
 
 def test_refusals(data, start, run, tmp_path, monkeypatch):
