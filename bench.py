@@ -29,7 +29,6 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -44,6 +43,7 @@ from tqdm import tqdm
 from configurator import ConfigError, cli, configure
 from data import DataError, read_manifest
 from model import ARCHITECTURES, ModelConfig, ModelError, Transformer, replacing
+from publish import git_revision
 from routers import valid_mask
 from sample import COLOURS, EOT, STYLE, encode, open_model, read_text, save_figure
 from train import PEAK_FLOPS, pick_device
@@ -924,12 +924,10 @@ def log_to_wandb(cfg: BenchConfig, results: dict):
 
 def about(cfg: BenchConfig, device) -> dict:
     """What a number needs beside it to be compared with another."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    revision = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = ("torch", "transformers", "lm_eval", "datasets")
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    facts = {"git": revision.stdout.strip() or None, "device": name, "threads": torch.get_num_threads()}
+    facts = {"git": git_revision(), "device": name, "threads": torch.get_num_threads()}
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 

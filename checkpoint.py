@@ -1,7 +1,7 @@
 """Training state on disk: written whole or not at all, checked before it is read, resumable to the bit.
 
     <out_dir>/step_0001000/
-        config.json, model.safetensors, tokenizer.json     what any model directory holds
+        config.json, model*.safetensors, tokenizer.json    what any model directory holds
         optimizer.pt       AdamW's state (tensors only: read with weights_only=True)
         shard-*.safetensors   instead of these two, where --parallel=fsdp: each rank's share of weights and AdamW's state,
                               by torch.distributed.checkpoint
@@ -13,8 +13,9 @@ What is saved is first copied to the host's memory; training goes on while it is
 to disk, then renamed: a plain name is a complete checkpoint. One that was damaged later is named and the one before it is
 used. Either kind is resumed on any number of ranks, sharded or not.
 
-    python checkpoint.py export STEP_DIR OUT_DIR     weights, config and tokenizer of a saved step, nothing else
+    python checkpoint.py export STEP_DIR OUT_DIR     a model directory out of a saved step, as final_model is one
     python checkpoint.py merge LORA_DIR OUT_DIR      a plain model of what a run with --lora saved: step or final_model
+    … --push_to_hub=user/name                        and it is uploaded
 """
 
 import copy
@@ -27,6 +28,7 @@ import sys
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,10 +36,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import lora
-from configurator import ConfigError, cli
+import publish
+from configurator import ConfigError, cli, configure
 from model import INDEX, ModelConfig, ModelError, Transformer, local_rows
+from publish import HubError
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
+TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what a model directory does not hold
 WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
 
 
@@ -349,54 +354,87 @@ def append_lines(path, lines):
     lines.clear()
 
 
-def export(step_dir, out_dir, shard_size=5 * 10**9):
-    """The model directory of a checkpoint. Of a sharded one, a file of at most `shard_size` bytes is in memory at a time."""
-    with written_whole(out_dir) as partial:
-        if not is_sharded(step_dir):
-            return write_model(Transformer.from_pretrained(step_dir), partial, step_dir)
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save_file
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
+def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
+    """The model directory of a checkpoint: weights, config, tokenizer, the ids that end a text, and a card.
 
-        stored = HuggingFaceStorageReader(str(step_dir)).read_metadata().state_dict_metadata
-        weights = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in stored.items()
-            if "/" not in name  # AdamW's state
-        }
-        split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
-        for file, names in split.filename_to_tensors.items():
-            tensors = {name: torch.empty_like(weights[name], device="cpu") for name in names}
-            read_shards(step_dir, tensors)
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (partial / INDEX).write_text(json.dumps(index, indent=2))
-        shutil.copyfile(Path(step_dir) / "config.json", partial / "config.json")
-        copy_tokenizer(step_dir, partial)
+    model: written instead of the checkpoint's own weights. shard_size: bytes of a file, where the checkpoint is sharded.
+    Raises CheckpointError.
+    """
+    step_dir = Path(step_dir)
+    with written_whole(out_dir) as partial:
+        if model is not None:
+            write_model(model, partial, step_dir)
+        elif is_sharded(step_dir):
+            gather(step_dir, partial, shard_size)
+        else:
+            for file in step_dir.iterdir():
+                if file.name not in TRAINING:
+                    shutil.copyfile(file, partial / file.name)
+        if not (step_dir / "state.json").exists():  # a final_model, which says already where it comes from
+            for name in ("README.md", "generation_config.json"):
+                shutil.copyfile(step_dir / name, partial / name)
+            return
+        try:
+            publish.describe(partial, read_state(step_dir))
+        except (KeyError, TypeError) as e:
+            raise CheckpointError(f"{step_dir}: state.json was written by another version of train.py: {e}") from e
+
+
+def gather(step_dir, directory, shard_size):
+    """The model directory of a sharded checkpoint; one file of it is in memory at a time."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    stored = HuggingFaceStorageReader(str(step_dir)).read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in stored.items()
+        if "/" not in name  # AdamW's state
+    }
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: torch.empty_like(weights[name], device="cpu") for name in names}
+        read_shards(step_dir, tensors)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
+    shutil.copyfile(Path(step_dir) / "config.json", directory / "config.json")
+    copy_tokenizer(step_dir, directory)
+
+
+@dataclass
+class ExportConfig:
+    command: list[str] = field(default_factory=list)  # export STEP_DIR OUT_DIR, or merge LORA_DIR OUT_DIR
+    push_to_hub: str = ""  # user/name: upload OUT_DIR to the hub (a new repository is private)
 
 
 def main(argv):
-    if not argv or argv[0] in ("--help", "-h"):
-        return print(__doc__.strip())
-    if argv[0] not in ("export", "merge") or len(argv) != 3:
-        raise ConfigError(f"{' '.join(argv)}: usage is python checkpoint.py export STEP_DIR OUT_DIR, or merge")
-    step_dir, out_dir = map(Path, argv[1:])
+    (settings,) = configure(__doc__, argv, ExportConfig, positional="command")
+    cfg = ExportConfig(**settings)
+    if len(cfg.command) != 3 or cfg.command[0] not in ("export", "merge"):
+        usage = "usage is python checkpoint.py export STEP_DIR OUT_DIR, or merge"
+        raise ConfigError(f"{' '.join(argv) or 'no command'}: {usage}")
+    what, step_dir, out_dir = cfg.command[0], *map(Path, cfg.command[1:])
     if out_dir.exists():
-        raise ConfigError(f"{out_dir} already exists: {argv[0]} writes a new directory")
-    if argv[0] == "merge":
-        model = Transformer.from_pretrained(step_dir)
-        if not model.lora_rank:
+        raise ConfigError(f"{out_dir} already exists: {what} writes a new directory")
+    merged = None
+    if what == "merge":
+        merged = Transformer.from_pretrained(step_dir)
+        if not merged.lora_rank:
             raise ConfigError(f"{step_dir} is a plain model already: only what a run with --lora saved can be merged")
-        lora.merge(model)
-        with written_whole(out_dir) as partial:
-            write_model(model, partial, step_dir)
-        return None
-    verify(step_dir)
-    export(step_dir, out_dir)
+        lora.merge(merged)
+    else:
+        verify(step_dir)
+    if cfg.push_to_hub:
+        publish.reserve(cfg.push_to_hub)
+    export(step_dir, out_dir, merged)
     architecture = json.loads((out_dir / "config.json").read_text())["architecture"]
-    print(f"{out_dir}: {architecture} of step {read_state(step_dir)['step']}", file=sys.stderr)
+    print(f"{out_dir}: {architecture}, from {step_dir}", file=sys.stderr)
+    if cfg.push_to_hub:
+        print(f"uploaded: {publish.push(out_dir, cfg.push_to_hub)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    cli(main, CheckpointError, ModelError)
+    cli(main, CheckpointError, HubError, ModelError)

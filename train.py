@@ -33,11 +33,13 @@ from tqdm import tqdm
 import checkpoint
 import lora
 import parallel
+import publish
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
 from kernels import keep_heap
 from model import SIZES, ModelConfig, ModelError, Transformer
+from publish import HubError
 
 
 @dataclass
@@ -87,6 +89,7 @@ class TrainConfig:
     parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
     offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
 
+    push_to_hub: str = ""  # user/name: upload final_model to the hub at the end (a new repository is private)
     eval_tasks: list[str] = field(
         default_factory=list
     )  # what bench.py runs on final_model at the end, e.g. general,math
@@ -315,7 +318,7 @@ def merge(saved, train_set, model_set):
         cfg = TrainConfig(**saved["config"]["train"] | train_set)
         model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
         step, model_before = saved["step"], saved["config"]["model"]
-        saved["bad"], saved["recent"]  # the youngest entries
+        saved["bad"], saved["recent"], saved["about"]  # the youngest entries
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"state.json was written by another version of train.py: {e}") from e
     now, then = asdict(cfg), asdict(before)
@@ -516,6 +519,8 @@ def train(argv):
             rows = list(torch.stack([each["rows"] for each in ranks]).mean(0).to(device))
             torch.manual_seed(cfg.seed + 1 + rank + step)
     val_loss = None  # that of this step, where it was evaluated
+    about = publish.facts(cfg.init_from, data.manifest, argv, saved.get("about"))
+    about["validation"] = saved["about"]["validation"] if resumed else None  # the last one
     saved_step, saving = step if resumed else None, None  # the last step on disk; the one being written, and its future
 
     micro_steps = cfg.grad_accum_steps // world  # micro-batches of a step on this rank
@@ -528,6 +533,8 @@ def train(argv):
     out_dir, pending, wandb_run = Path(cfg.out_dir), [], None
     metrics_file = out_dir / "metrics.jsonl"
     if rank == 0:
+        if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
+            publish.reserve(cfg.push_to_hub)
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.rewind(out_dir, step if resumed else -1)
         if cfg.wandb_log:
@@ -560,6 +567,7 @@ def train(argv):
         if math.isfinite(topk):
             val_loss, best_val_loss = topk, topk if best_val_loss is None else min(topk, best_val_loss)
         say(f"step {step}: validation loss {topk:.4f}, under causal routing {causal:.4f}")
+        about["validation"] = {"step": step, "loss": topk, "loss_causal": causal}
         losses = {"val/loss": topk, "val/loss_causal": causal}
         return losses | {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in losses.items()}
 
@@ -589,7 +597,7 @@ def train(argv):
         state = {"step": step, "tokens": step * tokens_per_step, "flops": flops, "val_loss": val_loss}
         state |= {"best_val_loss": best_val_loss, "bad": [bad_in_a_row, bad_steps], "recent": list(recent)}
         state |= {"data": fingerprint, "wandb_id": run_id, "world_size": world, "torch": torch.__version__}
-        state |= {"config": {"train": asdict(cfg), "model": model_config}}
+        state |= {"config": {"train": asdict(cfg), "model": model_config}, "about": dict(about)}
         where = model, optimizer, mine, cfg.data_dir, cfg.keep_last, pending, saving_group
         saving = step, checkpoint.save(out_dir, state, *where)
 
@@ -764,13 +772,9 @@ def train(argv):
             f"weights before them are in {path}; lower the rates, or look at the data"
         )
     if rank == 0 and step == cfg.max_steps and (new[0] or not (out_dir / "final_model").exists()):
-        if sharded:
-            checkpoint.export(path, out_dir / "final_model")
-        else:
-            if cfg.lora_merge:
-                lora.merge(model)
-            with checkpoint.written_whole(out_dir / "final_model") as partial:
-                checkpoint.write_model(model, partial, cfg.data_dir)
+        if cfg.lora_merge:
+            lora.merge(model)
+        checkpoint.export(path, out_dir / "final_model", model if cfg.lora_merge else None)
         say(f"done: {out_dir / 'final_model'}")
     elif step == cfg.max_steps:
         say(f"the run in {out_dir} is complete: a larger --max_steps goes on")
@@ -803,11 +807,19 @@ def main(argv):
             "out of memory; in this order: halve --batch_size and double --grad_accum_steps, --gradient_checkpointing, "
             f"--parallel=fsdp on several GPUs, with --offload, a shorter --seq_len ({str(e).splitlines()[0]})"
         ) from e
+    failed = None
+    if complete and cfg.push_to_hub and os.environ.get("RANK", "0") == "0":
+        try:
+            print(f"uploaded: {publish.push(Path(cfg.out_dir) / 'final_model', cfg.push_to_hub)}", file=sys.stderr)
+        except HubError as e:
+            failed = e
     if complete and cfg.eval_tasks:
         import bench
 
         bench.main(eval_argv(cfg))
+    if failed:
+        raise failed
 
 
 if __name__ == "__main__":
-    cli(main, CheckpointError, DataError, ModelError, TrainError)
+    cli(main, CheckpointError, DataError, HubError, ModelError, TrainError)

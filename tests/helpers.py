@@ -40,7 +40,7 @@ def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
 
 def toy_data(folder: Path, vocab: int = 64) -> Path:
     """A token folder whose next token is one of four: about log 4 of loss to be reached, log 64 to start from."""
-    rng, source = np.random.default_rng(0), {"weight": 1.0}
+    rng, source = np.random.default_rng(0), {"weight": 1.0, "from": {"input": "local"}}
     folder.mkdir(exist_ok=True)
     for split, n in (("train", 40_000), ("val", 700)):
         tokens = (np.cumsum(rng.choice([1, 1, 1, 2, 5], n)) % vocab).astype("<u2")

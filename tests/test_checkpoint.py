@@ -14,6 +14,12 @@ import checkpoint
 from checkpoint import CheckpointError
 from model import ModelConfig, Transformer
 
+# What a model card says of a run.
+FACTS = {"tokens": 64, "flops": 1e6, "world_size": 1, "torch": "2", "config": {"train": {"init_from": "scratch"}}}
+FACTS["config"]["train"]["seq_len"] = 8
+FACTS["about"] = {"base_model": None, "tokenizer": "toy", "eot_token": 3, "sources": {}, "commands": [], "git": None}
+FACTS["about"]["validation"] = {"step": 0, "loss": 3.5, "loss_causal": 3.25}
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -33,7 +39,7 @@ def trained(tmp_path_factory):
 def save(run, step, trained, val_loss=None, keep_last=9):
     model, optimizer, tokenizer = trained
     mine = {"rng": torch.get_rng_state(), "rows": torch.ones(1, 2)}
-    state = {"step": step, "val_loss": val_loss}
+    state = {"step": step, "val_loss": val_loss, **FACTS}
     return checkpoint.save(run, state, model, optimizer, mine, tokenizer, keep_last).result()
 
 
@@ -46,7 +52,7 @@ def test_what_is_saved_comes_back(tmp_path, trained):
     path = save(tmp_path, 7, trained, 3.5)
     assert path.name == "step_0000007" and checkpoint.find("auto", tmp_path) == path
     assert checkpoint.find(str(path), "elsewhere") == checkpoint.find(str(tmp_path), "elsewhere") == path
-    assert checkpoint.read_state(path) == {"step": 7, "val_loss": 3.5}
+    assert checkpoint.read_state(path) == {"step": 7, "val_loss": 3.5, **FACTS}
     for name, tensor in Transformer.from_pretrained(path).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     stored = torch.load(path / "optimizer.pt", weights_only=True)
@@ -178,7 +184,8 @@ def script(monkeypatch, capsys, *arguments):
 def test_export(tmp_path, trained, monkeypatch, capsys):
     path, out = save(tmp_path, 5, trained), tmp_path / "out"
     assert script(monkeypatch, capsys, "export", path, out)[0] == 0
-    assert names(out) == ["config.json", "model.safetensors", "tokenizer.json"]
+    model_files = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert names(out) == model_files
     ids = torch.arange(8)[None]
     model = trained[0].eval()
     with torch.no_grad():
