@@ -157,8 +157,12 @@ class ModelConfig:
         return cls(**(SIZES[size] | overrides))
 
     def to_dict(self) -> dict:
-        """The content of config.json: a Qwen2 config plus our fields."""
-        qwen2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
+        """The content of config.json: a Qwen2 config plus our fields.
+
+        `architectures` is what programs such as vLLM choose their code by: they refuse a routed model.
+        """
+        name = "Qwen2" if self.architecture == "dense" else self.architecture.capitalize()
+        qwen2 = {"model_type": "qwen2", "architectures": [f"{name}ForCausalLM"], "hidden_act": "silu"}
         return qwen2 | {"use_sliding_window": False} | asdict(self)
 
     @classmethod

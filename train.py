@@ -464,7 +464,9 @@ def train(argv):
         if any(getattr(model_cfg, name) != value for name, value in shape):
             raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
         if not resumed:
-            parts = Counter(part for _, part in {tuple(name.split(".")[2:4]) for name in model.initialized})
+            parts = Counter(
+                part for _, part in dict.fromkeys(tuple(name.split(".")[2:4]) for name in model.initialized)
+            )
             new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in parts.items()) or "nothing"
             say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
             if model.lora_rank:

@@ -139,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             repo = self.repo(m[1], m[2])
             for line in body.splitlines():
                 value = (item := json.loads(line))["value"]
+                if item["key"] == "deletedFile":
+                    (repo / value["path"]).unlink()
                 if item["key"] in ("file", "lfsFile"):
                     target = repo / value["path"]
                     target.parent.mkdir(parents=True, exist_ok=True)
