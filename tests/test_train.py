@@ -749,3 +749,62 @@ def test_distillation(data, start, tmp_path, capsys):
     for name, message in (("mod", "is mod, a dense model is needed"), ("none", "neither a directory nor a hub id")):
         with pytest.raises((ConfigError, ModelError), match=message):
             train.main([*keys, f"--distill_from={start / name}", f"--out_dir={tmp_path / 'other'}"])
+
+
+def test_weights_that_cannot_be_used_are_refused_by_name(data, start, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+
+    def changed(name, **config):
+        folder = tmp_path / name
+        shutil.copytree(start / "dense", folder)
+        before = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(before | config))
+        return folder, load_file(folder / "model.safetensors")
+
+    def index(folder, shards):
+        (folder / "model.safetensors").unlink()
+        for file, tensors in shards.items():
+            save_file(tensors, folder / file)
+        found = {name: file for file, tensors in shards.items() for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": found}))
+
+    for name, config in {
+        "window": {"use_sliding_window": True},
+        "rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "llama": {"model_type": "llama"},
+        "shape": {"intermediate_size": 96},
+    }.items():
+        changed(name, **config)
+    folder, tensors = changed("pickle")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    folder, tensors = changed("unknown")
+    save_file(tensors | {"model.extra": torch.ones(1)}, folder / "model.safetensors")
+    folder, tensors = changed("missing")
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, folder / "model.safetensors")
+    folder, tensors = changed("twice")
+    index(folder, {"a.safetensors": tensors, "b.safetensors": {"model.norm.weight": torch.ones(32)}})
+    folder, tensors = changed("lost")
+    index(folder, {"a.safetensors": tensors, "b.safetensors": {"x": torch.ones(1)}})
+    (folder / "b.safetensors").unlink()
+    folder, tensors = changed("escape")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../dense/model.safetensors"}}')
+    folder, tensors = changed("torn")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+    for name, message in {
+        "window": "use_sliding_window=true is not supported",
+        "rope": "RoPE scaling {'rope_type': 'yarn', 'factor': 4.0} is not supported",
+        "llama": "model_type='llama' is not supported",
+        "shape": "has shape (32, 64), (32, 96) is expected",
+        "pickle": "pickled weights (pytorch_model.bin)",
+        "unknown": "unknown tensor model.extra",
+        "missing": "missing tensors model.norm.weight",
+        "twice": "tensor model.norm.weight is in two files",
+        "lost": "b.safetensors is missing",
+        "escape": "points outside its directory: ../dense/model.safetensors",
+        "torn": "is not an index of safetensors files",
+    }.items():
+        keys = [f"--init_from={tmp_path / name}", "--architecture=dtf", f"--out_dir={tmp_path / 'new'}"]
+        status, err = script(monkeypatch, capsys, [*common(data), *keys])
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert message in err and str(tmp_path / name) in err
+        assert not (tmp_path / "new").exists()
