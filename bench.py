@@ -133,7 +133,7 @@ def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
         value = seen["score"] if by_score else seen["causal_probability"].logit(1e-7)
         value = value.flatten().sort().values  # (B·T)
         skipped = round((1 - capacity) * len(value))
-        below = value[skipped - 1] if skipped else value[0] - 1
+        below = value[skipped - 1] if skipped else value[0] - 16  # all, also of other text
         cut = ((below + value[min(skipped, len(value) - 1)]) / 2).item()
         if by_score:
             layer.threshold.fill_(cut)
@@ -678,7 +678,8 @@ def capacity_sweep(cfg: BenchConfig, model: Transformer, tokenizer, device) -> l
                 out = model(batch[:, :-1], batch[:, 1:], routing="causal")
                 total += out.losses["lm"].item() * len(batch) / len(held_out)
                 for i, s in shares(model, out.stats).items():
-                    selected[i] += s.item() * len(batch) / len(held_out)
+                    selected[i] += s.item() * len(batch)  # divided at the end: 1 stays 1
+            selected = {i: s / len(held_out) for i, s in selected.items()}
             state = {
                 k: v.clone() for k, v in model.state_dict().items() if k.endswith(("causal_router.bias", "threshold"))
             }
