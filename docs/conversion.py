@@ -69,7 +69,8 @@ def table(found):
         columns.append([metrics[0]["val/loss"] for metrics in seeds])
         digits = (".3f", ".3f", "+.1f", ".2f")
         cells = [
-            f"{statistics.mean(c):{d}} ± {statistics.stdev(c):{d[-2:]}}" for c, d in zip(columns, digits, strict=True)
+            f"{statistics.mean(c):{d}} ± {statistics.stdev(c):{d.lstrip('+')}}"
+            for c, d in zip(columns, digits, strict=True)
         ]
         print(f"| {architecture} | {method} | {cells[0]} | {cells[1]} | {cells[2]} % | {cells[3]} |")
 
