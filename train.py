@@ -362,11 +362,11 @@ def check_fit(cfg, model_cfg, data, world):
         raise ConfigError("; ".join(problems))
 
 
-def open_teacher(cfg, model_cfg, device, autocast):
+def open_teacher(cfg, model_cfg, device, bf16):
     """The dense model to distil from, frozen, or None without distill_from. Raises ConfigError, ModelError."""
     if not cfg.distill_from:
         return None
-    dtype = torch.float32 if isinstance(autocast, nullcontext) else torch.bfloat16
+    dtype = torch.bfloat16 if bf16 else torch.float32
     teacher = Transformer.from_pretrained(cfg.distill_from, dtype=dtype).to(device).requires_grad_(False)
     problems = []
     if teacher.config.architecture != "dense":
@@ -483,7 +483,7 @@ def train(argv):
     if model_cfg.beta_schedule:
         for layer in model.routed:  # they follow the schedule, not the optimizer
             layer.router.beta_ce.requires_grad_(False), layer.router.beta_cu.requires_grad_(False)
-    teacher = open_teacher(cfg, model_cfg, device, autocast)
+    teacher = open_teacher(cfg, model_cfg, device, bf16)
     model.train()
     if not sharded:
         model.to(device)
