@@ -543,7 +543,7 @@ def main(argv: list[str]):
             print("".join(texts).translate(PICTURES) if terminal else "".join(texts))
     if not cfg.text:
         new = sum(len(ids) - len(prompt) for ids in sequences)
-        print(f"\n{new} tokens in {seconds:.2f} s, {new / seconds:,.0f} tokens/s")
+        print(f"\n{new} tokens in {seconds:.3f} s, {new / seconds:,.0f} tokens/s")
 
     first = sequences[0]
     texts = token_texts(tokenizer, first.tolist())
