@@ -361,7 +361,11 @@ class Predictor(MLP):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, x):
-        return super().forward(self.norm(x))
+        # RMSNorm scales rows and columns, so a product can go first: x is read, never rewritten.
+        weight = torch.cat((self.gate_proj.weight, self.up_proj.weight)) * self.norm.weight  # (2 · width, d)
+        scale = torch.rsqrt(routers.mean_square(x) + self.norm.eps)[..., None]  # (B, T, 1)
+        gate, up = (kernels.linear(x, weight) * scale).to(x.dtype).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -405,9 +409,8 @@ class DecisionBlock(Block):
 
     def forward(self, x, ctx, before):
         update, predicted = self.delta(x, ctx.rope, self.store_all(x, ctx)), self.prior(x)  # (B, T, d) each
-        surprise = routers.mean_square(update), routers.mean_square(update - predicted)
-        losses = {"prior": routers.mean_square(predicted - update.detach()).mean()} if ctx.routing == "topk" else {}
-        return x + update, Notes(losses=losses, surprise=surprise)
+        *surprise, loss = routers.surprise(update, predicted)
+        return x + update, Notes(losses={"prior": loss} if ctx.routing == "topk" else {}, surprise=surprise)
 
 
 class RoutedBlock(Block):
@@ -570,8 +573,9 @@ class STTBlock(SurprisedBlock):
         update = self.delta(x, ctx.rope)  # (B, T, d)
         out = x + update
         predicted = routers.shift(self.transition(out))  # (B, T, d)
-        g = self.surprise_gate(routers.mean_square(update), routers.mean_square(update - predicted), ctx, notes)
-        notes.losses |= {"tpn": routers.mean_square(predicted - update.detach()).mean(), "g_reg": g.mean()}
+        d_st, d_ch, loss = routers.surprise(update, predicted)
+        g = self.surprise_gate(d_st, d_ch, ctx, notes)
+        notes.losses |= {"tpn": loss, "g_reg": g.mean()}
         if self.config.stt_output == "dense":
             self.select(x, g, ctx, notes)  # the causal router's lesson
             return out, notes

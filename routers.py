@@ -25,9 +25,35 @@ def shift(x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_square(x: torch.Tensor) -> torch.Tensor:
-    """‖x‖² / d of every token: (B, T, d) → (B, T) float32. D_st of an update, D_ch of update − prediction."""
+    """‖x‖² / d of every token: (B, T, d) → (B, T) float32."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.square() / x.size(-1)
+
+
+class _Surprise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, update, predicted):
+        error = update - predicted
+        ctx.save_for_backward(update, error)
+        d_ch = mean_square(error)
+        return mean_square(update), d_ch, d_ch.mean()
+
+    @staticmethod
+    def backward(ctx, grad_st, grad_ch, grad_loss):
+        update, error = ctx.saved_tensors
+        of_loss = grad_ch + grad_loss / grad_ch.numel()
+        by_st, by_ch, by_loss = ((g * 2 / error.size(-1)).to(error.dtype)[..., None] for g in (grad_st, grad_ch, of_loss))
+        return torch.addcmul(update * by_st, error, by_ch), error * -by_loss
+
+
+def surprise(update: torch.Tensor, predicted: torch.Tensor):
+    """What an update is compared with: itself against "nothing changes", and against its prediction.
+
+    update, predicted: (B, T, d) → D_st = ‖update‖² / d and D_ch = ‖update − predicted‖² / d, (B, T) float32, and the
+    predictor's loss, MSE(predicted, stopgrad(update)), a scalar. That is the mean of D_ch with a gradient of its own; one
+    difference serves all three, forward and backward.
+    """
+    return _Surprise.apply(update, predicted)
 
 
 def moving_average(d: torch.Tensor, window: int) -> torch.Tensor:

@@ -27,6 +27,20 @@ def test_surprise_gate_keeps_its_accuracy_after_an_outlier():
     np.testing.assert_allclose(average, golden["moving_average"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_surprise_and_its_gradients_are_those_of_the_formulas(dtype, tolerance):
+    u, p = (torch.randn(3, 11, 8, dtype=dtype).requires_grad_() for _ in range(2))
+    grads = [torch.rand(3, 11).to(torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+    got = routers.surprise(u, p)
+    got_grads = torch.autograd.grad(got, (u, p), [*grads, torch.tensor(0.3, dtype=grads[0].dtype)])
+    a, b = (t.detach().double().requires_grad_() for t in (u, p))
+    expected = a.square().sum(-1) / 8, (a - b).square().sum(-1) / 8, (b - a.detach()).square().sum(-1).mean() / 8
+    total = sum((e * g).sum() for e, g in zip(expected, (*grads, 0.3), strict=True))
+    for mine, theirs in zip((*got, *got_grads), (*expected, *torch.autograd.grad(total, (a, b))), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+    assert {t.dtype for t in got_grads} == {dtype}
+
+
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_moving_average_is_the_mean_of_the_window(window):
     d = torch.rand(3, 41)
