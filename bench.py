@@ -171,7 +171,7 @@ class Peer(torch.nn.Module):
 
         return DynamicCache(config=self.qwen2.config)
 
-    def forward(self, input_ids, targets=None, routing="topk", cache=None):
+    def forward(self, input_ids, targets=None, routing="topk", cache=None, return_masks=False):
         if targets is not None:
             return self.run(input_ids, labels=input_ids, use_cache=False)  # shifts them itself
         keep = 0 if cache is None else 1
@@ -248,7 +248,7 @@ def step_memory(step, model, optimizer, device) -> dict:
 
 def decoder(model, ids: torch.Tensor, prompt: int, steps: int):
     """Prefills ids[:, :prompt]. Returns a function whose every call decodes the next `steps` ids, given whatever the model
-    would have said, and the list that collects the outputs' statistics.
+    would have said, and the list that collects the masks of every step.
     """
     said, at = [], iter(range(prompt, ids.size(1)))
     cache = model.new_cache(*ids.shape)
@@ -256,9 +256,9 @@ def decoder(model, ids: torch.Tensor, prompt: int, steps: int):
 
     def decode():
         for t in itertools.islice(at, steps):
-            out = model(ids[:, t : t + 1], routing="causal", cache=cache)
+            out = model(ids[:, t : t + 1], routing="causal", cache=cache, return_masks=True)
             out.logits.argmax(-1)
-            said.append(getattr(out, "stats", None))
+            said.append(getattr(out, "masks", None))
 
     return decode, said
 
@@ -278,6 +278,8 @@ def decode_bytes(model: Transformer, batch: int, context: float, share: dict, ra
     for i, layer in enumerate(model.model.layers):
         block = nbytes(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
         idle = nbytes(layer.transition) if hasattr(layer, "transition") else 0  # serves training only
+        if hasattr(layer, "prior"):  # of use only where the layer behind it runs
+            idle = (1 - ran[i + 1]) * nbytes(layer.prior)
         selected = share.get(i, 1.0)
         total += nbytes(layer) - block - idle + ran.get(i, 1.0) * block + batch * selected * (selected * context) * kv
     return total
@@ -401,9 +403,9 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
             times = time_all(lambda _, name: decoders[name][0]())  # noqa: B023 (called before the loop goes on)
             promise, context = {}, (T + ids.size(1)) / 2
             for name, model in models.items():
-                each = [shares(model, stats) for stats in decoders[name][1]]
-                ran = {i: statistics.mean(float(s[i] > 0) for s in each) for i in share[name]}
-                selected = {i: statistics.mean(float(s[i]) for s in each) for i in share[name]}
+                each = {i: torch.stack([masks[i] for masks in decoders[name][1]]) for i in share[name]}  # (steps, B, 1)
+                ran = {i: mask.any(1).float().mean().item() for i, mask in each.items()}
+                selected = {i: mask.float().mean().item() for i, mask in each.items()}
                 promise[name] = decode_bytes(model, batch, context, selected, ran)
             report(f"decode{batch}", times, batch * cfg.decode_steps, promise, steps=cfg.decode_steps)
     columns = ["parameters", "activation_bytes", "peak_bytes", "kv_bytes_per_token", "causal_capacity"]

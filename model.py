@@ -200,7 +200,7 @@ class LayerCache:
         self.limit = limit  # tokens that a row can ever hold
         self.routed = routed
         self.k = self.v = None  # (B, n_kv, allocated, hd)
-        self.state: dict[str, torch.Tensor] = {}  # what the layer's router remembers of the tokens before
+        self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
 
     def reserve(self, n: int, like: torch.Tensor):
         held = 0 if self.k is None else self.k.size(2)
@@ -291,7 +291,9 @@ class Notes:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
     stats: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, T): mask, score, S_CE, …
-    surprise: tuple[torch.Tensor, torch.Tensor] | None = None  # a decision layer's D_st, D_ch for the layer after it
+    surprise: tuple | None = (
+        None  # a decision layer's D_st, D_ch (B, T); in decoding D_ch is a function: few tokens need it
+    )
 
 
 class RMSNorm(nn.Module):
@@ -360,11 +362,15 @@ class Predictor(MLP):
         super().__init__(cfg.hidden_size, cfg.prior_width)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x):
+    def folded(self) -> torch.Tensor:
+        """The first two matrices as one, the norm's weight in it: (2 · width, d)."""
+        return torch.cat((self.gate_proj.weight, self.up_proj.weight)) * self.norm.weight
+
+    def forward(self, x, folded=None):
         # RMSNorm scales rows and columns, so a product can go first: x is read, never rewritten.
-        weight = torch.cat((self.gate_proj.weight, self.up_proj.weight)) * self.norm.weight  # (2 · width, d)
         scale = torch.rsqrt(routers.mean_square(x) + self.norm.eps)[..., None]  # (B, T, 1)
-        gate, up = (kernels.linear(x, weight) * scale).to(x.dtype).chunk(2, dim=-1)
+        product = kernels.linear(x, self.folded() if folded is None else folded) * scale
+        gate, up = product.to(x.dtype).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -408,8 +414,17 @@ class DecisionBlock(Block):
         self.prior = Predictor(cfg)
 
     def forward(self, x, ctx, before):
-        update, predicted = self.delta(x, ctx.rope, self.store_all(x, ctx)), self.prior(x)  # (B, T, d) each
-        *surprise, loss = routers.surprise(update, predicted)
+        update = self.delta(x, ctx.rope, self.store_all(x, ctx))  # (B, T, d)
+        state = ctx.cache.layers[self.index].state if ctx.cache else {}
+        if ctx.decoding:
+
+            def d_ch():
+                return routers.mean_square(update - self.prior(x, state["folded"]))
+
+            return x + update, Notes(surprise=(routers.mean_square(update), d_ch))
+        if ctx.cache:
+            state["folded"] = self.prior.folded()
+        *surprise, loss = routers.surprise(update, self.prior(x))
         return x + update, Notes(losses={"prior": loss} if ctx.routing == "topk" else {}, surprise=surprise)
 
 
@@ -465,7 +480,7 @@ class RoutedBlock(Block):
                 if ctx.lengths is not None:
                     mask = mask & routers.valid_mask(ctx.lengths, x.size(1), x.device)
                 indices, counts = routers.pack(mask)
-            notes.stats["causal_capacity"] = mask.float().mean()
+                notes.stats["causal_capacity"] = mask.float().mean()
         notes.tokens["mask"] = mask
         return indices, counts
 
@@ -474,14 +489,16 @@ class RoutedBlock(Block):
 
         Selected indices ascend and are packed to the left, so one plain causal mask serves top-k, the causal forward and
         prefill: a valid query never reaches the padding of a short row, and the padding's results are dropped.
+        gate: (B, T), or in a decoding step a function that gives it, called only where a row runs.
         """
         indices, counts = self.select(x, score, ctx, notes)
         if self.gate == "straight_through":
-            gate = routers.straight_through(gate) if gate is not None and gate.requires_grad else None
+            gate = routers.straight_through(gate) if torch.is_tensor(gate) and gate.requires_grad else None
         if ctx.decoding:
             rows = [r for r, selected in enumerate(counts) if selected]
             if not rows:
                 return x
+            gate = gate() if callable(gate) else gate
             some = torch.tensor(rows, device=x.device) if len(rows) < len(counts) else None
             here, rope = (x, ctx.rope) if some is None else (x[some], tuple(t[some] for t in ctx.rope))
             update = self.delta(here, rope, ctx.store(self.index, rows=rows))  # (rows, 1, d)
@@ -531,18 +548,15 @@ class SurprisedBlock(RoutedBlock):
 
     def surprise_gate(self, d_st, d_ch, ctx: Context, notes: Notes):
         """G of (B, T) surprises, noting how it came about."""
-        window, state = self.config.ma_window, ctx.cache.layers[self.index].state if ctx.cache else None
-        if ctx.decoding:
-            average = routers.next_average(d_st, state["ring"], ctx.positions)
-        else:
-            average = routers.moving_average(d_st, window)
-            if ctx.cache:
-                ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
-                state["ring"] = routers.last_values(d_st, ends, window)  # (B, window)
-        g, s_ce, s_cu = self.router(d_st, d_ch, average)
+        window = self.config.ma_window
+        if ctx.cache:
+            ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
+            ring = routers.last_values(d_st, ends, window)  # (B, window)
+            ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": self.router.acting()}
+        average = routers.moving_average(d_st, window)  # (B, T)
+        g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *self.router.acting())
         notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
-        if not ctx.decoding:  # of one token they say nothing, and cost as much as the gate
-            notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
+        notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
         return g
 
 
@@ -551,8 +565,19 @@ class DynamicBlock(SurprisedBlock):
 
     def forward(self, x, ctx, before):
         notes = Notes()
-        g = self.surprise_gate(*before.surprise, ctx, notes)
-        return self.route(x, ctx, notes, score=g, gate=g), notes
+        if not ctx.decoding:
+            g = self.surprise_gate(*before.surprise, ctx, notes)
+            return self.route(x, ctx, notes, score=g, gate=g), notes
+        (d_st, d_ch), state = before.surprise, ctx.cache.layers[self.index].state
+        average = routers.next_average(d_st, state["ring"], ctx.positions)
+
+        def gate():
+            return routers.gate_of_surprise(d_st, d_ch(), average, *state["scalars"])[0]
+
+        if self.config.causal_decision == "threshold":
+            g = gate()
+            return self.route(x, ctx, notes, score=g, gate=g), notes
+        return self.route(x, ctx, notes, gate=gate), notes
 
 
 class STTBlock(SurprisedBlock):

@@ -42,7 +42,9 @@ class _Surprise(torch.autograd.Function):
     def backward(ctx, grad_st, grad_ch, grad_loss):
         update, error = ctx.saved_tensors
         of_loss = grad_ch + grad_loss / grad_ch.numel()
-        by_st, by_ch, by_loss = ((g * 2 / error.size(-1)).to(error.dtype)[..., None] for g in (grad_st, grad_ch, of_loss))
+        by_st, by_ch, by_loss = (
+            (g * 2 / error.size(-1)).to(error.dtype)[..., None] for g in (grad_st, grad_ch, of_loss)
+        )
         return torch.addcmul(update * by_st, error, by_ch), error * -by_loss
 
 
@@ -80,12 +82,15 @@ def next_average(d: torch.Tensor, ring: torch.Tensor, positions: torch.Tensor) -
     return ring.sum(1, keepdim=True) / (positions + 1).clamp(max=window)
 
 
-def gate_of_surprise(d_st, d_ch, average, beta_ce, beta_cu, o_ce, m_cu):
-    """`surprise_gate` where the moving average of d_st is known (a decoding step carries its history)."""
-    ce = d_st - (d_ch - torch.log(F.softplus(o_ce) + 1e-10))  # expected change
-    cu = d_st - m_cu * average  # unexpected change
-    s_ce = torch.sigmoid(F.softplus(beta_ce) * ce)
-    s_cu = torch.sigmoid(F.softplus(beta_cu) * cu)
+def acting(beta_ce, beta_cu, o_ce, m_cu) -> tuple[torch.Tensor, ...]:
+    """The raw scalars of a surprise gate as `gate_of_surprise` takes them: softplus of the betas, the log of o_ce's, m_cu."""
+    return F.softplus(beta_ce), F.softplus(beta_cu), torch.log(F.softplus(o_ce) + 1e-10), m_cu
+
+
+def gate_of_surprise(d_st, d_ch, average, beta_ce, beta_cu, log_o_ce, m_cu):
+    """`surprise_gate` where the moving average of d_st and the `acting` scalars are known, as in a decoding step."""
+    s_ce = torch.sigmoid(beta_ce * (d_st - d_ch + log_o_ce))  # expected change
+    s_cu = torch.sigmoid(beta_cu * (d_st - m_cu * average))  # unexpected change
     return s_ce + s_cu - s_ce * s_cu, s_ce, s_cu
 
 
@@ -97,7 +102,7 @@ def surprise_gate(d_st, d_ch, beta_ce, beta_cu, o_ce, m_cu, window: int):
     Returns (G, S_CE, S_CU), each (B, T) in (0, 1). Causal: token t depends on tokens ≤ t only.
     """
     raw = (torch.as_tensor(p, device=d_st.device) for p in (beta_ce, beta_cu, o_ce, m_cu))
-    return gate_of_surprise(d_st, d_ch, moving_average(d_st, window), *raw)
+    return gate_of_surprise(d_st, d_ch, moving_average(d_st, window), *acting(*raw))
 
 
 class SurpriseRouter(nn.Module):
@@ -108,10 +113,8 @@ class SurpriseRouter(nn.Module):
         for name in SURPRISE_INIT:
             self.register_parameter(name, nn.Parameter(torch.empty(())))
 
-    def forward(self, d_st, d_ch, average):
-        """(B, T) each → (G, S_CE, S_CU), each (B, T) float32."""
-        scalars = (getattr(self, name).float() for name in SURPRISE_INIT)
-        return gate_of_surprise(d_st, d_ch, average, *scalars)
+    def acting(self) -> tuple[torch.Tensor, ...]:
+        return acting(*(getattr(self, name).float() for name in SURPRISE_INIT))
 
     def stats(self) -> dict[str, torch.Tensor]:
         """The scalars as they act: the betas and o_ce after softplus."""

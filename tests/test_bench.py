@@ -350,7 +350,11 @@ def test_decode_bytes():
     assert dense == head + 5 * block + 5 * 3 * 100 * kv
     stt = bench.decode_bytes(small_model("stt"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
     routers = 2 * 4 * (4 + 65)  # gate scalars and causal routers; the transition networks do not run
-    assert stt == head + 4.5 * block + routers + 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
+    cached = 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
+    assert stt == head + 4.5 * block + routers + cached
+    prior = 4 * (3 * 32 * 8 + 32)  # runs where the layer behind it does
+    dtf = bench.decode_bytes(small_model("dtf"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
+    assert dtf == head + 4.5 * block + routers + 1.5 * prior + cached
 
 
 def test_the_peer_is_our_dense_model():
