@@ -63,10 +63,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        x, flat = x.flatten(0, -2), grad.flatten(0, -2)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = product(grad, weight.t()) if needs_x else None
-        grad_weight = product(x.flatten(0, -2).t(), flat.t()).t() if needs_weight else None
+        grad_weight = None
+        if needs_weight:  # what stands first is copied, transposed: better the narrower one
+            wide = x.size(1) > flat.size(1)
+            grad_weight = product(flat.t(), x.t()) if wide else product(x.t(), flat.t()).t()
         return grad_x, grad_weight, flat.sum(0) if needs_bias else None
 
 

@@ -84,7 +84,9 @@ class TrainConfig:
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
     dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
-    compile: bool = False  # torch.compile
+    compile: bool = (
+        False  # torch.compile; its results are kept in TORCHINDUCTOR_CACHE_DIR, unset in the temporary folder
+    )
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
     offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
@@ -640,6 +642,7 @@ def train(argv):
     stream = batches(data, (number * cfg.batch_size for number in mine), cfg.batch_size, device)
     bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     logged, clock, waited, capacity, stopped, hopeless = step, time.perf_counter(), 0.0, None, 0, False
+    compiling = cfg.compile
 
     # -----------------------------------------------------------------------------------------------------------------
     while step < cfg.max_steps and not stopped and not hopeless:
@@ -695,6 +698,10 @@ def train(argv):
         optimizer.found_inf = bad.cpu() if cfg.offload else bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if compiling:
+            grad_norm.item()  # wait for the device, this once
+            say(f"compiled within the first step, {time.perf_counter() - clock:.1f} s")
+            compiling = False
         step += 1
         flops += (flops_per_token + teacher_flops) * tokens_per_step
 
