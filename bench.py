@@ -46,7 +46,7 @@ from model import ARCHITECTURES, ModelConfig, ModelError, Transformer, replacing
 from publish import git_revision
 from routers import valid_mask
 from sample import COLOURS, EOT, STYLE, encode, open_model, read_text, save_figure
-from train import PEAK_FLOPS, pick_device
+from train import peak_flops, pick_device
 
 OWN = ("speed", "flops", "perplexity", "capacity")
 MEASURES = ("train", "forward", "causal", "prefill", "decode1", "decode8")
@@ -166,6 +166,9 @@ class Peer(torch.nn.Module):
     def compile_trunk(self):
         self.__dict__["run"] = torch.compile(self.qwen2)
 
+    def to_dtype(self, dtype):
+        return self.to(dtype)
+
     def new_cache(self, batch, limit):
         from transformers import DynamicCache
 
@@ -278,8 +281,11 @@ def decode_bytes(model: Transformer, batch: int, context: float, share: dict, ra
     for i, layer in enumerate(model.model.layers):
         block = nbytes(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
         idle = nbytes(layer.transition) if hasattr(layer, "transition") else 0  # serves training only
-        if hasattr(layer, "prior"):  # of use only where the layer behind it runs
-            idle = (1 - ran[i + 1]) * nbytes(layer.prior)
+        if (
+            hasattr(layer, "prior") and cfg.causal_decision == "router"
+        ):  # only as a gate, where the layer behind it runs
+            used = 0 if cfg.gate == "straight_through" else ran[i + 1]
+            idle = (1 - used) * nbytes(layer.prior)
         selected = share.get(i, 1.0)
         total += nbytes(layer) - block - idle + ran.get(i, 1.0) * block + batch * selected * (selected * context) * kv
     return total
@@ -371,7 +377,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
         del steps
 
     for model in variants.values():
-        model.to(dtype).eval()
+        model.to_dtype(dtype).eval()
     with torch.inference_mode():
         share, text = {}, torch.randint(config.vocab_size, (max(1, 8192 // T), T), device=device)
         for name, model in models.items():
@@ -417,19 +423,28 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     return {"rows": rows, "memory": memory}
 
 
-def regressions(speed: dict, facts: dict, path: str) -> list[str]:
-    """What is slower by more than 5 % than the run that `path` holds: our time over dense's, or over transformers'."""
-    with open(path, encoding="utf-8") as f:
-        before = json.load(f)
+def read_baseline(path: str, cfg: BenchConfig, shape: ModelConfig) -> dict | None:
+    """An earlier run of the speed suite at the same sizes; None where there is none yet. Raises ConfigError."""
+    if not path or not os.path.exists(path):
+        return None
     try:
-        if before["speed"]["model"] != speed["model"]:
-            raise ConfigError(f"baseline={path} is of another shape: give the keys it was made with, or another file")
-        then = {(row["measure"], row["variant"], row["compiled"]): row for row in before["speed"]["rows"]}
-        machine = "device", "threads", "packages"
-        if any(before[name] != facts[name] for name in machine):
-            say(f"note: {path} was measured on another machine, or with other versions: ratios may differ for that")
-    except (KeyError, TypeError) as e:
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)
+        same = ("seq_len", "batch_size", "decode_steps", "dtype")
+        sizes = [before["config"][key] for key in same] + [before["speed"]["model"]]
+        {(row["measure"], row["variant"], row["compiled"]): row["ratio"] for row in before["speed"]["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"baseline={path} holds no results of bench.py's speed suite: {e!r}") from None
+    if sizes != [getattr(cfg, key) for key in same] + [json.loads(json.dumps(shape.to_dict()))]:
+        raise ConfigError(f"baseline={path} is of another size: give the keys it was made with, or another file")
+    return before
+
+
+def regressions(speed: dict, facts: dict, before: dict) -> list[str]:
+    """What is slower by more than 5 % than an earlier run: our time over dense's, or over transformers'."""
+    then = {(row["measure"], row["variant"], row["compiled"]): row for row in before["speed"]["rows"]}
+    if any(before[name] != facts[name] for name in ("device", "threads", "packages")):
+        say("note: the baseline was measured on another machine, or with other versions: ratios may differ for that")
     found = []
     for row in speed["rows"]:
         key = row["measure"], row["variant"], row["compiled"]
@@ -597,6 +612,9 @@ def streams(cfg: BenchConfig, model: Transformer, tokenizer) -> dict[str, tuple[
             f"{cfg.text} has token ids up to {manifest['vocab_size'] - 1}, the model vocab_size="
             f"{model.config.vocab_size}: name text that was prepared with this model's tokenizer"
         )
+    own = os.path.join(cfg.text, "tokenizer.json")
+    if os.path.exists(own) and type(tokenizer).from_file(own).get_vocab() != tokenizer.get_vocab():
+        raise DataError(f"{cfg.text} has another tokenizer than the model: name text, or tokens of the model's own")
     tokens = (tokenizer.id_to_token(i) or "" for i in range(manifest["vocab_size"]))
     width = np.array([len(token) for token in tokens])  # byte-level BPE: a character of the vocabulary is a byte
     width[manifest["eot_token"]] = 0
@@ -873,12 +891,15 @@ def evaluate(cfg: BenchConfig, model, tokenizer, manager, tasks: dict, path: str
         if [name, shots] in settings["done"]:
             say(f"{name}: done before, see {path}")
             continue
+        reason = None
         try:
             loaded = load_task(manager, name, shots, cfg)
         except Exception as error:  # noqa: BLE001 (a data set, a metric or a task file: anything can be missing)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reasons = [why for why in gathered({rank(): reason}).values() if why]  # a task runs on all ranks or on none
+        if reasons:
             data = (manager.task_index[name].cfg or {}).get("dataset_path", "of the group")
-            reason = " ".join(str(error).split())[:300]
-            say(f"error: task {name} (data set {data}) is left out: {type(error).__name__}: {reason}")
+            say(f"error: task {name} (data set {data}) is left out: {reasons[0]}")
             missing.append(name)
             continue
         new = lm_eval.evaluate(
@@ -941,6 +962,9 @@ def check(argv):
     if cfg.model_path and (model_set or "size" in bench_set):
         given = ", ".join([*model_set, *(["size"] if "size" in bench_set else [])])
         raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {given}")
+    single = [task for task in cfg.tasks if task in OWN and task != "perplexity"]
+    if single and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"tasks={','.join(single)} measure one process: run them without torchrun")
     suites = [task for task in cfg.tasks if task not in OWN]
     return (cfg, model_set, *(find_tasks(suites) if suites else (None, {})))
 
@@ -950,8 +974,6 @@ def main(argv):
     own = [task for task in OWN if task in cfg.tasks]
     world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
-        if set(own) - {"perplexity"}:
-            raise ConfigError(f"tasks={','.join(own)} measure one process: run them without torchrun")
         dist.init_process_group("gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -959,8 +981,7 @@ def main(argv):
         torch.set_num_threads(cfg.threads)
     device, autocast = pick_device(cfg, local, world)
     dtype = torch.float32 if isinstance(autocast, nullcontext) else torch.bfloat16
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = peak_flops(device, dtype == torch.bfloat16)
 
     model = tokenizer = None
     if cfg.model_path:
@@ -969,18 +990,19 @@ def main(argv):
     else:
         shape = ModelConfig.preset(cfg.size, **{"architecture": "mod"} | model_set)
         names = [shape.architecture] if "architecture" in model_set else ARCHITECTURES
+    before = read_baseline(cfg.baseline, cfg, shape)
     document, missing, worse = about(cfg, device), [], []
     if "flops" in own:
         document["flops"] = flops(cfg, {name: variant(shape, name) for name in names})
     if "speed" in own:
         models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
         document["speed"] = speed(cfg, models, device, autocast, dtype, peak) | {"model": shape.to_dict()}
-        if cfg.baseline and os.path.exists(cfg.baseline):
-            worse = regressions(document["speed"], document, cfg.baseline)
+        if before:
+            worse = regressions(document["speed"], document, before)
         elif cfg.baseline:
             write_json(document, cfg.baseline)
     if model:
-        model.to(dtype)
+        model.to_dtype(dtype)
     if "perplexity" in own:
         document["perplexity"] = perplexity(cfg, model, tokenizer)
     if "capacity" in own:

@@ -316,19 +316,21 @@ def find(resume, out_dir, warn=print):
     return None
 
 
-def rewind(out_dir, step):
+def rewind(out_dir, step, complete):
     """Make a run directory what it was at `step` (-1: before the first), so that two histories never mix.
 
-    Later checkpoints are renamed to .abandoned, what a crash left half-written is deleted, and metrics.jsonl is cut.
+    Later checkpoints are renamed to .abandoned, and so is final_model unless the run is complete at this step; what a
+    crash left half-written is deleted, and metrics.jsonl is cut.
     """
     out_dir = Path(out_dir)
     for partial in out_dir.glob("*.partial"):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-    for later in steps(out_dir):
-        if int(later.name[5:]) > step:
-            aside = later.with_name(later.name + ".abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
+    later = [path for path in steps(out_dir) if int(path.name[5:]) > step]
+    final = out_dir / "final_model"
+    for path in later + [final] * (final.exists() and bool(later or not complete)):
+        aside = path.with_name(path.name + ".abandoned")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
     path, kept = out_dir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -420,13 +422,13 @@ def main(argv):
     if out_dir.exists():
         raise ConfigError(f"{out_dir} already exists: {what} writes a new directory")
     merged = None
+    if (step_dir / "checksums.json").exists() or what == "export":
+        verify(step_dir)
     if what == "merge":
         merged = Transformer.from_pretrained(step_dir)
         if not merged.lora_rank:
             raise ConfigError(f"{step_dir} is a plain model already: only what a run with --lora saved can be merged")
         lora.merge(merged)
-    else:
-        verify(step_dir)
     if cfg.push_to_hub:
         publish.reserve(cfg.push_to_hub)
     export(step_dir, out_dir, merged)

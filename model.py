@@ -72,7 +72,9 @@ class ModelConfig:
     ma_window: int = 100  # tokens in the moving average of the static surprise
     router: str = "learned"  # mod: learned, or random (Gaussian scores: the paper's control)
     mod_gate: str = "sigmoid"  # mod: gate sigmoid(r), or linear (r itself, as in the MoD paper)
-    gate: str | None = None  # soft or straight_through; unset: the architecture's own (stt: straight_through)
+    gate: str | None = (
+        None  # soft or straight_through; unset: stt straight_through (it has no G at inference), others soft
+    )
     stt_output: str = "sparse"  # stt in training: sparse (what inference does) or dense
     causal_decision: str = "router"  # at inference: router (trained student) or threshold (average k-th score)
     causal_threshold: float = 0.5  # probability above which the causal router selects
@@ -127,6 +129,9 @@ class ModelConfig:
                 problems.append(f"capacity has {len(capacities)} values for {len(self.routed_layers)} routed layers")
             if not all(0 < c <= 1 for c in capacities):
                 problems.append(f"capacity={self.capacity} must lie in (0, 1]")
+        for name in ("beta_ce_range", "beta_cu_range"):
+            if len(getattr(self, name)) != 2 or not all(beta > 0 for beta in getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)} must be two positive numbers, start and end")
         if not 0 < self.causal_threshold < 1:
             problems.append(f"causal_threshold={self.causal_threshold} must lie between 0 and 1")
         if self.prior_factor <= 0:
@@ -422,9 +427,8 @@ class DecisionBlock(Block):
                 return routers.mean_square(update - self.prior(x, state["folded"]))
 
             return x + update, Notes(surprise=(routers.mean_square(update), d_ch))
-        if ctx.cache:
-            state["folded"] = self.prior.folded()
-        *surprise, loss = routers.surprise(update, self.prior(x))
+        state["folded"] = folded = self.prior.folded()
+        *surprise, loss = routers.surprise(update, self.prior(x, folded))
         return x + update, Notes(losses={"prior": loss} if ctx.routing == "topk" else {}, surprise=surprise)
 
 
@@ -504,7 +508,8 @@ class RoutedBlock(Block):
             update = self.delta(here, rope, ctx.store(self.index, rows=rows))  # (rows, 1, d)
             if gate is not None:
                 update = update * (gate if some is None else gate[some])[..., None]
-            return x + update if some is None else x.index_add(0, some, update.to(x.dtype))
+            update = update.to(x.dtype)
+            return x + update if some is None else x.index_add(0, some, update)
         if indices.size(1) == 0:
             return x
         B, T, d = x.shape
@@ -548,13 +553,13 @@ class SurprisedBlock(RoutedBlock):
 
     def surprise_gate(self, d_st, d_ch, ctx: Context, notes: Notes):
         """G of (B, T) surprises, noting how it came about."""
-        window = self.config.ma_window
+        window, scalars = self.config.ma_window, self.router.acting()
         if ctx.cache:
             ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
             ring = routers.last_values(d_st, ends, window)  # (B, window)
-            ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": self.router.acting()}
+            ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": scalars}
         average = routers.moving_average(d_st, window)  # (B, T)
-        g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *self.router.acting())
+        g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *scalars)
         notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
         notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
         return g
@@ -655,7 +660,9 @@ class Output:
     losses: dict[str, torch.Tensor]  # every term unweighted: lm, causal, mod_aux, mod_z, prior, tpn, g_reg, distill
     stats: dict[str, torch.Tensor]  # means over routed layers, and layer_{i}/… of each
     masks: dict[int, torch.Tensor] | None  # {layer: (B, T) bool}, the tokens that ran
-    tokens: dict[int, dict[str, torch.Tensor]] | None  # {layer: {score, G, S_CE, S_CU, causal_probability: (B, T)}}
+    tokens: (
+        dict[int, dict[str, torch.Tensor]] | None
+    )  # {layer: {score, G, S_CE, S_CU, causal_probability: (B, T)}}, what is known
 
 
 class Transformer(nn.Module):
@@ -706,6 +713,13 @@ class Transformer(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """(V, d): the head's own matrix, or the embedding where the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def to_dtype(self, dtype: torch.dtype) -> "Transformer":
+        """The weights in dtype, but routers and thresholds in float32: routing is a comparison, and bfloat16 makes ties."""
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if not is_router(name):
+                tensor.data = tensor.data.to(dtype)
+        return self
 
     def set_capacity(self, capacity: float | list[float]):
         """Share of the tokens that every routed layer takes from now on, also what is saved; a list: one per layer."""
@@ -964,7 +978,7 @@ class Transformer(nn.Module):
 
             return lora.load(directory, asdict(config), dtype)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(config).to_dtype(dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         readers = {}  # of the tensors that the model has a place for
         for name, shape, read in weight_files(directory):
@@ -1054,7 +1068,7 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    if top_k is not None:
+    if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
@@ -1073,9 +1087,14 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
 INDEX = "model.safetensors.index.json"  # which file holds which tensor of a model in several
 
 
+def is_router(name: str) -> bool:
+    """Whether a tensor decides which tokens run."""
+    return any(f".{part}" in name for part in ("router.", "causal_router.", "threshold"))
+
+
 def is_routed_part(name: str) -> bool:
     """Whether a tensor is one that a conversion from a dense checkpoint starts anew."""
-    return any(f".{part}" in name for part in ("router.", "causal_router.", "prior.", "transition.", "threshold"))
+    return is_router(name) or any(f".{part}" in name for part in ("prior.", "transition."))
 
 
 def find_model(name: str) -> str:

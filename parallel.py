@@ -97,9 +97,7 @@ def activations(cfg: ModelConfig, batch, seq_len, bf16, sharded, checkpointing):
     block += e * (
         (1.5 * casts - 0.5) * d + casts * d + 2 * d + 2 * kv + 4 * f
     )  # products: of q k v, gate up; q, y; k v; MLP
-    predicted = 4 * r * d + e * (
-        casts * d + 4 * cfg.prior_width
-    )  # update, its distance to the guess, the guess's network
+    predicted = e * ((1 + casts) * d + 5 * cfg.prior_width)  # the distance to the guess, the guess's network
     layers = []
     for i, share in zip(range(cfg.num_hidden_layers), shares(cfg), strict=True):
         if share is None:
@@ -107,7 +105,7 @@ def activations(cfg: ModelConfig, batch, seq_len, bf16, sharded, checkpointing):
             continue
         layers.append(r * d + share * (block + r * d + 8 * d))  # for the router; the gated update, the indices
         if layer_class(cfg, i) is STTBlock:
-            layers[-1] = block + predicted + (layers[-1] if cfg.stt_output == "sparse" else 0)
+            layers[-1] = block + r * d + predicted + (layers[-1] if cfg.stt_output == "sparse" else 0)
     if checkpointing:
         return batch * seq_len * (len(layers) * r * d + max(layers))
     return batch * seq_len * sum(layers)

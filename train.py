@@ -14,6 +14,7 @@ and, after the last step, final_model/.
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,7 +39,7 @@ from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
 from kernels import keep_heap
-from model import SIZES, ModelConfig, ModelError, Transformer
+from model import SIZES, ModelConfig, ModelError, Transformer, find_model
 from publish import HubError
 
 
@@ -84,9 +85,7 @@ class TrainConfig:
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
     dtype: str = "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
-    compile: bool = (
-        False  # torch.compile; its results are kept in TORCHINDUCTOR_CACHE_DIR, unset in the temporary folder
-    )
+    compile: bool = False  # torch.compile; what it makes is kept in TORCHINDUCTOR_CACHE_DIR
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: str = "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
     offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
@@ -155,7 +154,7 @@ FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
 
 OUT_OF_TIME = signal.SIGALRM  # what --max_seconds is among the signals
 
-# Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first name that
+# Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first whose words
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -178,6 +177,15 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
+
+
+def peak_flops(device, bf16):
+    """FLOP/s that MFU compares with, or None: no GPU, an unknown one, or not bfloat16."""
+    if device.type != "cuda" or not bf16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = (flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b(?!.*Laptop)", name))
+    return next(known, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,6 +372,15 @@ def check_fit(cfg, model_cfg, data, world):
         raise ConfigError("; ".join(problems))
 
 
+def another_tokenizer(source, data_dir):
+    """Whether the model `source` comes with a tokenizer other than the data's: their ids would mean different things."""
+    files = [Path(folder) / "tokenizer.json" for folder in (find_model(source), data_dir)]
+    if not all(file.exists() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return False
+    mine, theirs = (json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab") for file in files)
+    return mine != theirs
+
+
 def open_teacher(cfg, model_cfg, device, bf16):
     """The dense model to distil from, frozen, or None without distill_from. Raises ConfigError, ModelError."""
     if not cfg.distill_from:
@@ -375,6 +392,8 @@ def open_teacher(cfg, model_cfg, device, bf16):
         problems.append(f"is {teacher.config.architecture}, a dense model is needed")
     if teacher.config.vocab_size != model_cfg.vocab_size:
         problems.append(f"has vocab_size={teacher.config.vocab_size}, the model {model_cfg.vocab_size}")
+    if another_tokenizer(cfg.distill_from, cfg.data_dir):
+        problems.append(f"has another tokenizer than {cfg.data_dir}")
     if cfg.seq_len > teacher.config.max_position_embeddings:
         problems.append(f"takes {teacher.config.max_position_embeddings} tokens, seq_len={cfg.seq_len}")
     if problems:
@@ -422,8 +441,8 @@ def train(argv):
             tqdm.write(text, file=sys.stderr)
 
     # -- a new run, or the checkpoint of an old one
-    cfg = TrainConfig(**train_set)
-    found = [checkpoint.find(cfg.resume, cfg.out_dir, say) if rank == 0 else None]
+    resume, run = (train_set.get(key, getattr(TrainConfig, key)) for key in ("resume", "out_dir"))
+    found = [checkpoint.find(resume, run, say) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(found)
     resumed, saved = found[0], {}
@@ -432,6 +451,8 @@ def train(argv):
         cfg, model_cfg = merge(saved, {"out_dir": str(resumed.parent)} | train_set, model_set)
         if Path(cfg.out_dir).resolve() != resumed.parent.resolve():
             checkpoint.find("none", cfg.out_dir)  # goes on elsewhere: not on top of another run
+    else:
+        cfg = TrainConfig(**train_set)
     if cfg.eval_tasks:  # a typo is found now, not after days
         import bench
 
@@ -468,6 +489,11 @@ def train(argv):
         if any(getattr(model_cfg, name) != value for name, value in shape):
             raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
         if not resumed:
+            if another_tokenizer(cfg.init_from, cfg.data_dir):
+                raise ConfigError(
+                    f"{cfg.data_dir} has another tokenizer than {cfg.init_from}: prepare the text with "
+                    f"python prepare.py --tokenizer={cfg.init_from}"
+                )
             parts = Counter(
                 part for _, part in dict.fromkeys(tuple(name.split(".")[2:4]) for name in model.initialized)
             )
@@ -534,15 +560,14 @@ def train(argv):
     flops_per_token, teacher_flops = model.flops_per_token(cfg.seq_len, training=True), 0.0
     if teacher:  # its forward pass, and the student's head a second time
         teacher_flops = teacher.flops_per_token(cfg.seq_len) + 6.0 * model_cfg.hidden_size * model_cfg.vocab_size
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
+    peak = peak_flops(device, bf16)
     out_dir, pending, wandb_run = Path(cfg.out_dir), [], None
     metrics_file = out_dir / "metrics.jsonl"
     if rank == 0:
         if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
             publish.reserve(cfg.push_to_hub)
         out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.rewind(out_dir, step if resumed else -1)
+        checkpoint.rewind(out_dir, step if resumed else -1, complete=step == cfg.max_steps)
         if cfg.wandb_log:
             wandb_run = start_wandb(cfg, model_cfg, run_id, resumed)
 
@@ -561,8 +586,8 @@ def train(argv):
     for group in groups:
         size, rate = sum(p.numel() for p in group["params"]), rates[group["name"]]
         say(f"  {group['name']:13} {size:13,} parameters, rate {rate:g}, weight decay {group['weight_decay']:g}")
-    if gpu and not peak:
-        say(f"warning: no MFU, because the peak FLOP/s of {gpu} is not in PEAK_FLOPS")
+    if device.type == "cuda" and bf16 and not peak:
+        say(f"warning: no MFU, because {torch.cuda.get_device_name(device)} is not in PEAK_FLOPS")
     if resumed:
         say(f"resumed from {resumed}")
 
@@ -631,8 +656,7 @@ def train(argv):
             if rank == 0:
                 os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")  # print() is not reentrant
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, on_signal)
+    handled = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     if not resumed:
         if cfg.capacity_start is not None:
@@ -662,7 +686,7 @@ def train(argv):
             model.set_betas(*(end + (begin - end) * cosine for begin, end in ranges))
 
         # -- forward and backward
-        values = 0.0
+        values, thresholds = 0.0, [buffer.clone() for buffer in model.buffers()]
         for micro in range(micro_steps):
             asked = time.perf_counter()
             x, y = next(stream)  # (B, T) each
@@ -695,6 +719,8 @@ def train(argv):
             for buffer in model.buffers():  # average thresholds, each rank's own until here
                 dist.all_reduce(buffer)
                 buffer /= world
+        for buffer, before in zip(model.buffers(), thresholds, strict=True):
+            buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, buffer))
         optimizer.found_inf = bad.cpu() if cfg.offload else bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -754,7 +780,7 @@ def train(argv):
         # -- evaluate and save, with the clock stopped
         due_eval = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
         due_save = cfg.save_interval and step % cfg.save_interval == 0 and not last
-        if gpu and (due_eval or due_save):
+        if device.type == "cuda" and (due_eval or due_save):
             torch.cuda.synchronize()
         paused = time.perf_counter()
         if due_eval:
@@ -782,7 +808,7 @@ def train(argv):
             f"no finite loss and gradient in {cfg.max_bad_steps} steps up to step {step}: they changed nothing, the "
             f"weights before them are in {path}; lower the rates, or look at the data"
         )
-    if rank == 0 and step == cfg.max_steps and (new[0] or not (out_dir / "final_model").exists()):
+    if rank == 0 and step == cfg.max_steps and not (out_dir / "final_model").exists():
         if cfg.lora_merge:
             lora.merge(model)
         checkpoint.export(path, out_dir / "final_model", model if cfg.lora_merge else None)
@@ -794,6 +820,8 @@ def train(argv):
         say(f"{why}: stopped and saved in {path}; --resume=auto goes on")
     if wandb_run:
         wandb_run.finish()
+    for number, handler in handled.items():  # an evaluation or an upload may be stopped as any program
+        signal.signal(number, handler)
     del wrapped  # DDP goes before its process group: the other way round its destructor has been seen to wait for ever
     if dist.is_initialized():
         dist.barrier()  # no rank leaves while the main one still writes
@@ -818,18 +846,18 @@ def main(argv):
             "out of memory; in this order: halve --batch_size and double --grad_accum_steps, --gradient_checkpointing, "
             f"--parallel=fsdp on several GPUs, with --offload, a shorter --seq_len ({str(e).splitlines()[0]})"
         ) from e
-    failed = None
-    if complete and cfg.push_to_hub and os.environ.get("RANK", "0") == "0":
-        try:
-            print(f"uploaded: {publish.push(Path(cfg.out_dir) / 'final_model', cfg.push_to_hub)}", file=sys.stderr)
-        except HubError as e:
-            failed = e
+    status = 0
     if complete and cfg.eval_tasks:
         import bench
 
-        bench.main(eval_argv(cfg))
-    if failed:
-        raise failed
+        try:
+            bench.main(eval_argv(cfg))
+        except SystemExit as e:  # a task could not be run
+            status = e.code
+    if complete and cfg.push_to_hub and os.environ.get("RANK", "0") == "0":
+        print(f"uploaded: {publish.push(Path(cfg.out_dir) / 'final_model', cfg.push_to_hub)}", file=sys.stderr)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

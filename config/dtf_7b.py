@@ -3,7 +3,7 @@
     python prepare.py config/mixture.py
     torchrun --standalone --nproc_per_node=8 train.py config/dtf_7b.py
 
-Several nodes: docs/slurm.sh. The start prints what a GPU will hold, 53 GB as an estimate; it was not yet run on GPUs.
+Several nodes: docs/slurm.sh. The start prints what a GPU will hold, 52 GB as an estimate; it was not yet run on GPUs.
 Out of memory: half the batch_size and twice the grad_accum_steps (the tokens of a step stay the same), then offload.
 Everything else is config/dtf_3b.py.
 """

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from helpers import toy_data
+from safetensors.torch import load_file
 
 import train
 
@@ -42,7 +43,9 @@ def content(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in line.items() if k not in clock} for line in lines]
     last = max(run.glob("step_*[0-9]"))
-    tensors = {file.name: file.read_bytes() for file in sorted(last.glob("*.safetensors"))}
+    tensors = {}  # of shards not the bytes: the order of their headers' entries is the library's whim
+    for file in last.glob("*.safetensors"):
+        tensors |= {f"{file.name} {name}": t.numpy().tobytes() for name, t in load_file(file).items()}
     if (last / "optimizer.pt").exists():
         state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
         tensors |= {f"{i} {key}": t.numpy().tobytes() for i, each in state.items() for key, t in each.items()}

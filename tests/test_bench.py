@@ -353,8 +353,10 @@ def test_decode_bytes():
     cached = 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
     assert stt == head + 4.5 * block + routers + cached
     prior = 4 * (3 * 32 * 8 + 32)  # runs where the layer behind it does
-    dtf = bench.decode_bytes(small_model("dtf"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
-    assert dtf == head + 4.5 * block + routers + 1.5 * prior + cached
+    ran = {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5}
+    assert bench.decode_bytes(small_model("dtf"), 3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
+    ungated = bench.decode_bytes(small_model("dtf", gate="straight_through"), 3, 100, *ran)
+    assert ungated == head + 4.5 * block + routers + cached
 
 
 def test_the_peer_is_our_dense_model():
@@ -411,6 +413,30 @@ def test_speed_suite(tmp_path, capsys):
     kept = {name: m["activation_bytes"] for name, m in document["speed"]["memory"].items()}
     assert kept["mod"] < 0.8 * kept["dense"]
     assert "efficiency" in table and "n/a" in table
+
+
+def test_a_baseline_is_kept_and_compared_with(tmp_path, capsys):
+    shape = "--hidden_size=32 --num_hidden_layers=2 --intermediate_size=64 --vocab_size=128 --architecture=mod"
+    keys = [*shape.split(), *["--seq_len=16", "--batch_size=1", "--repeats=1", "--warmup=0", "--measure=forward"]]
+    path = tmp_path / "baseline.json"
+    run(capsys, *keys, f"--baseline={path}")
+    before = json.loads(path.read_text())
+    for row in before["speed"]["rows"]:
+        row["ratio"], row["vs_hf"] = row["ratio"] * 1e3, row["vs_hf"] / 1e3  # whatever comes is faster
+    path.write_text(json.dumps(before))
+    run(capsys, *keys, f"--baseline={path}")
+    for row in before["speed"]["rows"]:
+        row["ratio"] /= 1e6
+    path.write_text(json.dumps(before))
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*keys, f"--baseline={path}"])
+    assert stop.value.code == 1 and "forward mod: ratio 0.00" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is of another size"):
+        bench.main([*keys, "--seq_len=17", f"--baseline={path}"])
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ConfigError, match="holds no results of bench.py's speed suite"):
+        bench.main([*keys, f"--baseline={path}"])
+    assert capsys.readouterr().out == ""  # before anything is measured
 
 
 def test_interleaved_turns_around_and_leaves_out_the_warm_up():

@@ -148,11 +148,17 @@ def test_rewinding_keeps_one_history(tmp_path, trained):
     (tmp_path / "step_0000040.partial").mkdir()  # of a save that was killed
     lines = [json.dumps({"step": step, "loss": step / 7}) for step in (0, 10, 15, 20, 25)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 28, "lo')  # and of a torn write
-    checkpoint.rewind(tmp_path, 20)
-    kept = ["metrics.jsonl", "step_0000010", "step_0000020", "step_0000030.abandoned"]
+    (tmp_path / "final_model").mkdir()  # of step 30
+    checkpoint.rewind(tmp_path, 20, complete=True)
+    kept = ["final_model.abandoned", "metrics.jsonl", "step_0000010", "step_0000020", "step_0000030.abandoned"]
     assert names(tmp_path) == kept
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
     assert checkpoint.find("auto", tmp_path).name == "step_0000020"
+    (tmp_path / "final_model").mkdir()  # of step 20
+    checkpoint.rewind(tmp_path, 20, complete=True)
+    assert "final_model" in names(tmp_path)
+    checkpoint.rewind(tmp_path, 20, complete=False)  # the run goes on: it is no longer the final one
+    assert "final_model" not in names(tmp_path)
 
 
 def test_where_a_run_starts(tmp_path, trained):

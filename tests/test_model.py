@@ -254,6 +254,35 @@ def test_generate_equals_the_uncached_causal_forward(architecture, decision):
                 assert (result[r, n + new :] == 0).all()
 
 
+@pytest.mark.parametrize("decision", ["router", "threshold"])
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_decoding_in_bfloat16_routes_as_in_float32(architecture, decision):
+    """Its first routed layer reads the same hidden states but for rounding; routers and thresholds are not rounded."""
+    if architecture == "stt" and decision == "threshold":
+        pytest.skip("no such decision")
+    model = small_model(architecture, causal_decision=decision)
+    for layer in model.routed:
+        if decision == "threshold":
+            layer.threshold.fill_(0.7512345)
+    low = small_model(architecture, causal_decision=decision)
+    low.load_state_dict(model.state_dict())
+    low.to_dtype(torch.bfloat16)
+    assert low.head_weight.dtype == low.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+    for name, tensor in low.state_dict().items():
+        if "router." in name or name.endswith("threshold"):
+            assert torch.equal(tensor, model.state_dict()[name])
+    ids = random_ids(3, 30)
+    for rows in (ids[:1], ids):  # one row: all of them or none
+        assert low.generate(rows, 12, lengths=[30, 11, 25][: len(rows)]).shape == (len(rows), 42)
+        cache = low.new_cache(len(rows), 30)
+        with torch.no_grad():
+            steps = [low(rows[:, :20], routing="causal", cache=cache)]
+            steps += [low(rows[:, t : t + 1], routing="causal", cache=cache) for t in range(20, 30)]
+            whole = low(rows, routing="causal").logits[:, 19:].float()
+        assert steps[-1].logits.dtype == torch.bfloat16
+        assert relative_error(torch.cat([step.logits for step in steps], 1).float(), whole) < 0.1
+
+
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_caches_hold_selected_tokens_only(architecture):
     model = small_model(architecture)

@@ -63,7 +63,7 @@ def test_surprise_gate_gradients_reach_all_four_scalars():
     d_st, d_ch = torch.rand(2, 20, requires_grad=True), torch.rand(2, 20)
     raw = [torch.tensor(v, requires_grad=True) for v in (-0.3, -0.6, 0.58, 1.1)]
     routers.surprise_gate(d_st, d_ch, *raw, window=5)[0].sum().backward()
-    assert all(p.grad is not None and p.grad.abs() > 0 for p in (*raw, d_st.sum() * 0 + 1) if p.is_leaf)
+    assert all(p.grad.abs() > 0 for p in raw)
     assert d_st.grad.abs().sum() > 0
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import toy_data
+from helpers import small_model, toy_data
 
 import parallel
 import prepare
@@ -309,7 +309,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run():
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_saves(number, status, runs, data, start, tmp_path, monkeypatch, capsys):
     """The signal comes in step 5; what is resumed from there is the undisturbed run."""
-    calls, batch = [], TokenData.batch
+    calls, batch, handler = [], TokenData.batch, signal.getsignal(number)
 
     def interrupting(self, first, count):
         if self.split == "train" and first == 5 * 8 - 4:
@@ -323,7 +323,7 @@ def test_a_signal_ends_the_step_and_saves(number, status, runs, data, start, tmp
         ended = 0
     except SystemExit as e:
         ended = e.code
-    assert ended == status and len(calls) == 1
+    assert ended == status and len(calls) == 1 and signal.getsignal(number) is handler
     err = capsys.readouterr().err
     assert f"{signal.Signals(number).name}: stopped and saved in" in err and "--resume=auto" in err
     assert not (tmp_path / "run" / "final_model").exists()
@@ -383,6 +383,17 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     third = np.mean([mean_loss(model, stream.batch(4 * m, 4), "topk") for m in (4, 5)])
     assert lines[3]["train/loss"] == pytest.approx(third, rel=1e-6)  # the one good step of three
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
+
+
+def test_a_step_that_is_not_finite_leaves_the_average_thresholds(data, tmp_path, monkeypatch):
+    model = small_model("mod", vocab_size=VOCAB, causal_decision="threshold")
+    model.save_pretrained(tmp_path / "start")
+    poison(monkeypatch, {1}, math.nan)
+    arguments = [*common(data), f"--init_from={tmp_path / 'start'}", f"--out_dir={tmp_path / 'run'}"]
+    train.main([*arguments, "--save_interval=1", "--keep_last=9", "--max_steps=3"])
+    states = [Transformer.from_pretrained(tmp_path / f"run/step_000000{n}").state_dict() for n in (1, 2, 3)]
+    first, bad, last = ([state[f"model.layers.{i}.threshold"].item() for i in (1, 3)] for state in states)
+    assert first == bad and all(a != b and math.isfinite(b) for a, b in zip(bad, last, strict=True))
 
 
 def test_a_spike_is_a_loss_beyond_six_deviations():
@@ -598,6 +609,45 @@ def test_bad_input_is_one_line(data, start, runs, tmp_path, monkeypatch, capsys)
     arguments = [*common(data), *new, f"--data_dir={altered}"]
     status, err = script(monkeypatch, capsys, arguments)
     assert status == 2 and "beyond vocab_size=64" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_model_is_not_trained_on_another_tokenizers_ids(data, start, tmp_path, monkeypatch, capsys):
+    parent, words = tmp_path / "parent", {"a": 0, "b": 1}
+    shutil.copytree(start / "dense", parent)
+    (parent / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/tokenizer.json").write_text(json.dumps({"model": {"vocab": words | {"c": 2}}}))
+    keys = [*common(tmp_path / "data"), f"--out_dir={tmp_path / 'run'}"]
+    for more, message in (
+        ([f"--init_from={parent}"], f"has another tokenizer than {parent}: prepare the text with python prepare.py"),
+        ([f"--init_from={start / 'dense'}", f"--distill_from={parent}"], "has another tokenizer than"),
+    ):
+        status, err = script(monkeypatch, capsys, [*keys, *more])
+        assert status == 2 and message in err.splitlines()[-1] and not (tmp_path / "run").exists()
+    same = {"version": "1.0", "model": {"vocab": words}}  # written by another version
+    (tmp_path / "data/tokenizer.json").write_text(json.dumps(same))
+    assert not train.another_tokenizer(str(parent), tmp_path / "data")
+
+
+def test_a_resumed_run_takes_keys_that_need_others_of_it(runs, tmp_path):
+    """Unsharded runs cannot be offloaded; the rest of what --offload needs is the checkpoint's to say."""
+    run = cut_back(runs / "mod", tmp_path / "run", 8)
+    with pytest.raises(ConfigError, match="offload.*parallel=fsdp"):
+        train.main([f"--resume={run}", "--offload"])
+    with pytest.raises(ConfigError, match="lora was False and is now True"):
+        train.main([f"--resume={run}", "--lora"])
+
+
+def test_peak_flops_are_of_the_named_device_or_none(monkeypatch):
+    def peak(name, bf16=True):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return train.peak_flops(torch.device("cuda"), bf16)
+
+    assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
+    assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("NVIDIA A10G") == 70e12 and peak("NVIDIA A10") == 125e12
+    for other in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L400"):
+        assert peak(other) is None
+    assert peak("NVIDIA H200", bf16=False) is None
 
 
 def test_ranks_must_divide_the_accumulation(data):
