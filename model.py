@@ -72,9 +72,7 @@ class ModelConfig:
     ma_window: int = 100  # tokens in the moving average of the static surprise
     router: str = "learned"  # mod: learned, or random (Gaussian scores: the paper's control)
     mod_gate: str = "sigmoid"  # mod: gate sigmoid(r), or linear (r itself, as in the MoD paper)
-    gate: str | None = (
-        None  # soft or straight_through; unset: stt straight_through (it has no G at inference), others soft
-    )
+    gate: str | None = None  # soft or straight_through; unset: soft, for stt straight_through (no G at inference)
     stt_output: str = "sparse"  # stt in training: sparse (what inference does) or dense
     causal_decision: str = "router"  # at inference: router (trained student) or threshold (average k-th score)
     causal_threshold: float = 0.5  # probability above which the causal router selects
