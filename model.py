@@ -660,7 +660,7 @@ class Output:
     masks: dict[int, torch.Tensor] | None  # {layer: (B, T) bool}, the tokens that ran
     tokens: (
         dict[int, dict[str, torch.Tensor]] | None
-    )  # {layer: {score, G, S_CE, S_CU, causal_probability: (B, T)}}, what is known
+    )  # {layer: {score, G, S_CE, S_CU, causal_probability}}, each (B, T)
 
 
 class Transformer(nn.Module):

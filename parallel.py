@@ -94,9 +94,8 @@ def activations(cfg: ModelConfig, batch, seq_len, bf16, sharded, checkpointing):
     r = 2 if bf16 and sharded else 4  # autocast leaves the residual stream in float32
     casts = 2 if bf16 and not sharded else 1
     block = 4 * r * d  # input and middle of the block, each also normalised
-    block += e * (
-        (1.5 * casts - 0.5) * d + casts * d + 2 * d + 2 * kv + 4 * f
-    )  # products: of q k v, gate up; q, y; k v; MLP
+    # products: of q k v, gate up; q, y; k v; MLP
+    block += e * ((1.5 * casts - 0.5) * d + casts * d + 2 * d + 2 * kv + 4 * f)
     predicted = e * ((1 + casts) * d + 5 * cfg.prior_width)  # the distance to the guess, the guess's network
     layers = []
     for i, share in zip(range(cfg.num_hidden_layers), shares(cfg), strict=True):

@@ -47,6 +47,10 @@ class PlotConfig:
     prompt: str = SampleConfig.prompt  # report: text that every model continues
     device: str = "auto"  # report, routing: auto, cuda, mps or cpu
 
+    def __post_init__(self):
+        if self.sequences < 1:
+            raise ConfigError(f"sequences={self.sequences} must be at least 1")
+
 
 SIGNALS = {
     "S_CE": "S_CE, expected change",

@@ -59,6 +59,8 @@ class SampleConfig:
             raise ConfigError(f"top_p={self.top_p} must lie in (0, 1]; 1 draws from all tokens")
         if self.num_samples < 1:
             raise ConfigError(f"num_samples={self.num_samples} must be at least 1")
+        if os.path.splitext(self.png)[1] not in (".png", ".pdf", ".svg"):
+            raise ConfigError(f"png={self.png} must end in .png, .pdf or .svg")
         if self.text and not (self.html or self.show_routing):
             raise ConfigError(f"text={self.text} is only looked at: add --html=out.html or --show_routing")
 

@@ -3,7 +3,7 @@
 #
 #     sbatch --nodes=4 docs/slurm.sh out/dtf_7b config/dtf_7b.py          out_dir, then what train.py takes
 #
-# One torchrun a node, one rank a GPU; out_dir and the data lie on a file system that all nodes see. Two minutes before the
+# One torchrun a node, one rank a GPU; out_dir and the data lie on a file system that all nodes see. Ten minutes before the
 # time is up SLURM sends USR1 to every process: the ranks end their step, save and stop, and the job goes back into the
 # queue until final_model is there. A rank that dies is started again with all the others, from the newest intact
 # checkpoint, up to three times. Not yet run on a cluster.
@@ -13,7 +13,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@120
+#SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log

@@ -23,7 +23,7 @@ JOB = """
 import faulthandler, json, os, sys
 import train
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # several jobs in one process, each with a store of its own
-faulthandler.dump_traceback_later(400, exit=True)  # a hang shows where
+faulthandler.dump_traceback_later(800, exit=True)  # a hang shows where
 for i, arguments in enumerate(json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 10000 + i)  # below those that the system hands out
     train.main(arguments)
@@ -36,7 +36,7 @@ def torchrun(folder, ranks, jobs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [folder / "job.py", json.dumps([[str(a) for a in job] for job in jobs])]
     env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=450, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -93,6 +93,8 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     ]
     train.main(job("one", "scratch", *scratch))
     two += [job("fsdp2", "scratch", *scratch, fsdp)]
+    two += [job("offload", "dtf", fsdp, "--offload")]
+    two += [job("bf16", architecture, fsdp, "--dtype=bfloat16") for architecture in ("dtf", "stt")]
     torchrun(folder, 2, two)
     four = [job("ddp4", architecture) for architecture in ARCHITECTURES]
     torchrun(folder, 4, four)
@@ -104,6 +106,22 @@ def assert_equal_losses(one, other):
         assert a.keys() == b.keys()
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, a["step"])
+
+
+def test_offloaded_ranks_are_one_too(runs):
+    assert_equal_losses(*(without_clock(runs / kind / "dtf") for kind in ("one", "offload")))
+
+
+@pytest.mark.parametrize("architecture", ["dtf", "stt"])
+def test_sharded_bfloat16_keeps_float32_masters(architecture, runs):
+    """Losses near those of float32; steps of 1e-3 of a weight would be lost in bfloat16, and are not in what is saved."""
+    one, bf16 = (
+        [line["train/loss"] for line in without_clock(runs / kind / architecture)[1:]] for kind in ("one", "bf16")
+    )
+    assert bf16 == pytest.approx(one, rel=0.03) and bf16 != one and bf16[-1] < bf16[0]
+    model = Transformer.from_pretrained(runs / "bf16" / architecture / "final_model")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.float32 and (weight != weight.bfloat16().float()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["ddp2", "ddp4", "fsdp2"])

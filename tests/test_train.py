@@ -668,6 +668,18 @@ def test_help_lists_every_key(monkeypatch, capsys):
         assert f"  --{key}=" in out
 
 
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="COMPILE=1 pytest tests/test_train.py -k compiled: minutes")
+@pytest.mark.parametrize("keys", [[], ["--gradient_checkpointing"], ["--lora"]])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_compiled_run_is_the_eager_one(architecture, keys, data, start, tmp_path, capsys):
+    for kind, more in (("eager", []), ("compiled", ["--compile"])):
+        out = f"--out_dir={tmp_path / kind}"
+        train.main([*common(data), f"--init_from={start / architecture}", out, "--lora_dropout=0", *keys, *more])
+    assert "compiled within the first step, " in capsys.readouterr().err
+    for a, b in zip(without_clock(tmp_path / "eager"), without_clock(tmp_path / "compiled"), strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+
+
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
