@@ -79,7 +79,7 @@ def kill_moments(folder, kills, seed=0):
     began = time.monotonic()
     assert os.waitpid(fork(arguments(data, folder / "whole")), 0)[1] == 0
     whole, length = content(folder / "whole"), time.monotonic() - began
-    done, killed, saving = 0, 0, 0
+    done, killed, saving, starts = 0, 0, 0, 0
     while True:
         out = folder / f"run{done}"
         if (out / "final_model").exists():
@@ -92,7 +92,7 @@ def kill_moments(folder, kills, seed=0):
         child, ended, until = fork(arguments(data, out)), 0, time.monotonic() + rng.uniform(0, 0.6 * length)
         if killed >= kills:
             until = math.inf
-        wait_for_save = killed % 2  # every second kill comes while a checkpoint is written
+        wait_for_save, starts = starts % 2, starts + 1  # every second kill comes while a checkpoint is written
         while not ended and (time.monotonic() < until or (wait_for_save and not saving_since(out, began))):
             ended, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.0005)
