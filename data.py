@@ -49,10 +49,11 @@ def read_manifest(data_dir):
         if manifest["version"] != VERSION:
             raise DataError(f"{path}: version is {manifest['version']!r}, not {VERSION}: prepare the data again")
         width = {"uint16": 2, "uint32": 4}[manifest["dtype"]]
-        if not 0 <= int(manifest["eot_token"]) < int(manifest["vocab_size"]) <= 256**width:
+        eot, vocab_size = manifest["eot_token"], manifest["vocab_size"]
+        if {type(eot), type(vocab_size)} != {int} or not 0 <= eot < vocab_size <= 256**width:
             raise ValueError("eot_token, vocab_size and dtype do not fit together")
         for source in manifest["sources"].values():
-            if not 0 <= float(source["weight"]) < float("inf"):
+            if type(source["weight"]) not in (int, float) or not 0 <= source["weight"] < float("inf"):
                 raise ValueError(f"a weight of {source['weight']}")
             for split in SPLITS:
                 for file in source[split]["files"]:

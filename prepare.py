@@ -204,7 +204,9 @@ def render(row, text, where):
     row = {name: "" if value is None else value for name, value in row.items()}
     try:
         value = text.format_map(row) if "{" in text else row[text]
-    except (KeyError, ValueError, IndexError, AttributeError) as e:
+    except (TypeError, ValueError, IndexError, AttributeError) as e:
+        raise DataError(f"{where}: {text!r} does not fit this row: {e}") from None
+    except KeyError as e:
         raise DataError(f"{where}: no column {e}, only {', '.join(map(str, row))}: set text_key") from None
     if not isinstance(value, str):
         kind, others = type(value).__name__, ", ".join(map(str, row))
@@ -213,7 +215,11 @@ def render(row, text, where):
 
 
 def columns(text):
-    return sorted({name for _, name, _, _ in string.Formatter().parse(text) if name}) if "{" in text else [text]
+    """The columns that `text` needs, itself one or a template over several. Raises ConfigError for a malformed one."""
+    try:
+        return sorted({name for _, name, _, _ in string.Formatter().parse(text) if name}) if "{" in text else [text]
+    except ValueError as e:
+        raise ConfigError(f"text_key={text!r} is no template like '{{title}} {{body}}': {e}") from None
 
 
 def decode(raw, path, offset):
@@ -371,9 +377,8 @@ def write_whole(path, content):
     """Write bytes, or what JSON can hold, to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n"
-    partial_path = path.with_name(
-        f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial"
-    )  # other shares write it too
+    # other shares write it too
+    partial_path = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
         partial_path.write_bytes(content)
         publish(partial_path, path)
@@ -554,6 +559,7 @@ def sample(work, val_fraction):
 def encode_all(todo, workers, out_dir, start, width):
     """Encode and seal the units `todo`, [(source, unit, path of its record)], with a progress bar for each source."""
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, start)
+    spoken = time.monotonic()
     try:
         for name, group in groupby(todo, key=lambda job: job[0].name):
             jobs, tokens, began = list(group), 0, time.monotonic()
@@ -561,9 +567,15 @@ def encode_all(todo, workers, out_dir, start, width):
             with tqdm(total=len(jobs), desc=name, bar_format=look, disable=None) as bar:
                 for i, (source, unit, record) in enumerate(jobs):
 
-                    def report(done, count, i=i, before=tokens, bar=bar, began=began):
-                        rate = (before + count) / (time.monotonic() - began)
-                        bar.set_postfix_str(f"{before + count:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+                    def report(done, count, i=i, before=tokens, bar=bar, began=began, name=name):
+                        nonlocal spoken
+                        seconds, share = time.monotonic() - began, (i + done) / bar.total
+                        rate = f"{before + count:,} tokens, {(before + count) / seconds:,.0f} tokens/s"
+                        if bar.disable and share and time.monotonic() > spoken + 60:  # no terminal: a line a minute
+                            left = tqdm.format_interval(seconds / share - seconds)
+                            print(f"{name}: {share:.0%}, {rate}, {left} left", flush=True)
+                            spoken = time.monotonic()
+                        bar.set_postfix_str(rate, refresh=False)
                         bar.update(i + done - bar.n)
 
                     splits = [unit["split"]] if unit["split"] else SPLITS
@@ -634,6 +646,8 @@ def main(argv):
         raise ConfigError("; ".join(problems))
 
     sources = read_sources(cfg)
+    for source in sources:
+        columns(source.text)  # a malformed template is found now
     out_dir = Path(cfg.out_dir or f"data/{sources[0].name}")
     pins = {source.name: out_dir / "sealed" / source.name / "commit" for source in sources if source.id}
     for source in sources:  # what was begun goes on with the same commit, whatever happened on the hub since

@@ -1,6 +1,8 @@
 import hashlib
+import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -242,7 +244,7 @@ def test_kill_at_random_moments(where, corpus, tmp_path):
         options = {"env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         began = time.monotonic()
         subprocess.run([*argv, f"--out_dir={tmp_path}/undisturbed"], check=True, **options)
-        seconds, random = time.monotonic() - began, Random()
+        seconds, random = time.monotonic() - began, Random(0)
         for kill in range(KILLS or 4):
             out = tmp_path / f"killed{kill}"
             run = subprocess.Popen([*argv, f"--out_dir={out}"], start_new_session=True, **options)
@@ -445,6 +447,7 @@ def test_bad_input_gets_one_line(tmp_path, content, argv, message):
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "text", "a.jsonl, line 2: no column 'text', only body"),
         ("a.jsonl", b'{"text": "x"}\n', "{title} {text}", "a.jsonl, line 1: no column 'title', only text"),
         ("a.jsonl", b'{"text": 5}\n', "text", "a.jsonl, line 1: 'text' is int, not text"),
+        ("a.jsonl", b'{"n": [5]}\n', "{n:>5}", "a.jsonl, line 1: '{n:>5}' does not fit this row: unsupported format"),
         ("a.jsonl", b'{"text": "x"}\nx\n', "text", "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'["text"]\n', "text", "a.jsonl, line 1: a list, not an object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "text", "a.jsonl: byte 24 is not UTF-8"),
@@ -462,6 +465,27 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, text_key, 
         prepare.main([f"--input={target}", f"--text_key={text_key}", f"--out_dir={tmp_path}/d", "--vocab_size=300"])
     assert message in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_malformed_template_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{}")
+    done = script(f"--input={tmp_path / name}", "--text_key={text", f"--out_dir={tmp_path}/d")
+    assert "text_key='{text' is no template" in one_line(done) and not (tmp_path / "d").exists()
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, monkeypatch, capsys):
+    """A clock on which every look takes half a minute."""
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of it"}\n' * 20_000)
+    ticks = itertools.count(0, 30)
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(prepare, "BATCH", 1 << 16)
+    prepare.main([f"--input={tmp_path / 'a.jsonl'}", f"--out_dir={tmp_path}/d", "--vocab_size=300", "--num_proc=1"])
+    lines = re.findall(
+        r"^a: (\d+)%, ([\d,]+) tokens, [\d,]+ tokens/s, [\d:]+ left$", capsys.readouterr().out, re.MULTILINE
+    )
+    shares = [int(share) for share, _ in lines]
+    assert len(lines) >= 2 and shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 100
 
 
 def test_help_lists_every_key():

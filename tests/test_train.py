@@ -683,6 +683,15 @@ def test_a_compiled_run_is_the_eager_one(architecture, keys, data, start, tmp_pa
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.name)
+def test_every_config_opens_with_its_launch_line_and_is_read(path):
+    script = re.search(rf"(train|prepare)\.py config/{path.name}", path.read_text())[1]
+    classes = (train.TrainConfig, ModelConfig) if script == "train" else (prepare.PrepareConfig,)
+    settings = configure("", [str(path)], *classes)
+    cfg = classes[0](**settings[0])
+    assert cfg.out_dir and (script == "train" or prepare.read_sources(cfg))
+
+
 def test_configs_of_half_a_billion():
     """Qwen2.5-0.5B's 494,032,768 parameters and the routed parts, by DESIGN's shapes; its rates and batch."""
     d, prior = 896, 3 * 896 * 56 + 896  # SwiGLU of width 56 = 896 / 16, and its norm
