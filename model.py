@@ -572,7 +572,7 @@ class DynamicBlock(SurprisedBlock):
             g = self.surprise_gate(*before.surprise, ctx, notes)
             return self.route(x, ctx, notes, score=g, gate=g), notes
         (d_st, d_ch), state = before.surprise, ctx.cache.layers[self.index].state
-        average = routers.next_average(d_st, state["ring"], ctx.positions)
+        average = routers.next_average(d_st, state["ring"], ctx.positions, min(ctx.cache.lengths))
 
         def gate():
             return routers.gate_of_surprise(d_st, d_ch(), average, *state["scalars"])[0]

@@ -26,6 +26,8 @@ def shift(x: torch.Tensor) -> torch.Tensor:
 
 def mean_square(x: torch.Tensor) -> torch.Tensor:
     """‖x‖² / d of every token: (B, T, d) → (B, T) float32."""
+    if x.size(1) == 1:  # a decoding step: fewer operations count, not passes over memory
+        return x.float().square().mean(-1)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.square() / x.size(-1)
 
@@ -75,11 +77,14 @@ def last_values(d: torch.Tensor, ends: torch.Tensor, window: int) -> torch.Tenso
     return d.gather(1, times.clamp(min=0)) * (times >= 0)
 
 
-def next_average(d: torch.Tensor, ring: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`moving_average` at one more token a row: d (B, 1) at positions (B, 1) enters the ring (B, window) → (B, 1)."""
+def next_average(d: torch.Tensor, ring: torch.Tensor, positions: torch.Tensor, shortest: int) -> torch.Tensor:
+    """`moving_average` at one more token a row: d (B, 1) at positions (B, 1) enters the ring (B, window) → (B, 1).
+
+    shortest: the least of the positions, as the host knows it.
+    """
     window = ring.size(1)
     ring.scatter_(1, positions % window, d)
-    return ring.sum(1, keepdim=True) / (positions + 1).clamp(max=window)
+    return ring.sum(1, keepdim=True) / (window if shortest + 1 >= window else (positions + 1).clamp(max=window))
 
 
 def acting(beta_ce, beta_cu, o_ce, m_cu) -> tuple[torch.Tensor, ...]:
@@ -90,8 +95,8 @@ def acting(beta_ce, beta_cu, o_ce, m_cu) -> tuple[torch.Tensor, ...]:
 def gate_of_surprise(d_st, d_ch, average, beta_ce, beta_cu, log_o_ce, m_cu):
     """`surprise_gate` where the moving average of d_st and the `acting` scalars are known, as in a decoding step."""
     s_ce = torch.sigmoid(beta_ce * (d_st - d_ch + log_o_ce))  # expected change
-    s_cu = torch.sigmoid(beta_cu * (d_st - m_cu * average))  # unexpected change
-    return s_ce + s_cu - s_ce * s_cu, s_ce, s_cu
+    s_cu = torch.sigmoid(beta_cu * torch.addcmul(d_st, m_cu, average, value=-1))  # unexpected change
+    return torch.addcmul(s_ce + s_cu, s_ce, s_cu, value=-1), s_ce, s_cu
 
 
 def surprise_gate(d_st, d_ch, beta_ce, beta_cu, o_ce, m_cu, window: int):
