@@ -59,6 +59,8 @@ def read_manifest(data_dir):
                 for file in source[split]["files"]:
                     if not re.fullmatch(rf"{split}/[\w.-]+\.bin", file["name"]):  # nothing outside the folder
                         raise ValueError(f"a file named {file['name']!r}")
+                    if type(file["tokens"]) is not int or type(file["sha256"]) is not str:
+                        raise ValueError(f"{file['name']} of {file['tokens']!r} tokens, sha256 {file['sha256']!r}")
                     size, want = (data_dir / file["name"]).stat().st_size, file["tokens"] * width
                     if size != want:
                         raise DataError(
@@ -132,33 +134,26 @@ class TokenData:
     """The blocks of one split as numbered sequences.
 
     split="train": an endless stream. Every epoch of a source is a new permutation of its blocks, in which none repeats;
-    the sources are interleaved by `weight` (`weights` = {source: weight} replaces the manifest's; 0 leaves one out).
+    the sources are interleaved by the manifest's `weight`: for another mixture it is edited there, 0 leaves a source out.
     split="val": the len() blocks of all sources once, in an order that no seed changes, every prefix a fair sample: close
     to the proportions of the sources, and from all over each of them.
     A source without a whole block in this split is left out.
 
     vocab_size, manifest;  tokens: how many this split holds;  len(): its blocks, the sequences of one epoch.
-    Raises DataError where the folder is damaged, fewer than seq_len + 1 tokens are there, or a weight fits no source.
+    Raises DataError where the folder is damaged, or fewer than seq_len + 1 tokens are there.
     """
 
-    def __init__(self, data_dir, split, seq_len, seed=42, weights=None):
+    def __init__(self, data_dir, split, seq_len, seed=42):
         if split not in SPLITS:
             raise DataError(f"split {split!r}: one of {', '.join(SPLITS)}")
         self.data_dir, self.split, self.seq_len = Path(data_dir), split, seq_len
         self.manifest = read_manifest(data_dir)
         self.vocab_size = self.manifest["vocab_size"]
-        sources = self.manifest["sources"]
-        weights = {name: source["weight"] for name, source in sources.items()} | (weights or {})
-        for name, weight in weights.items():
-            if name not in sources:
-                raise DataError(f"weights: {data_dir} has no source {name!r}, only {', '.join(sources)}")
-            if not 0 <= weight < float("inf"):
-                raise DataError(f"weights: {name}={weight} is not a number from 0 on")
-
-        self.names = [name for name in sources if weights[name] > 0 and sources[name][split]["tokens"] > seq_len]
-        self.tokens = sum(sources[name][split]["tokens"] for name in sources if weights[name] > 0)
+        sources = {name: source for name, source in self.manifest["sources"].items() if source["weight"] > 0}
+        tokens = {name: source[split]["tokens"] for name, source in sources.items()}
+        self.names, self.tokens = [name for name in sources if tokens[name] > seq_len], sum(tokens.values())
         if not self.names:
-            most = max((sources[name][split]["tokens"] for name in sources if weights[name] > 0), default=0)
+            most = max(tokens.values(), default=0)
             raise DataError(
                 f"{data_dir}: the {split} split has {most:,} tokens, too few for seq_len={seq_len}, which needs "
                 f"{seq_len + 1:,}: lower seq_len or prepare more text"
@@ -174,7 +169,7 @@ class TokenData:
         if split == "val":
             counts = self.blocks
         else:  # every source gets a slot, however small its weight
-            share = np.array([weights[name] for name in self.names], float)
+            share = np.array([sources[name]["weight"] for name in self.names], float)
             counts = np.maximum(1, np.round(PERIOD * share / share.sum())).astype(int)
         self.counts = counts if len(counts) > 1 or split == "val" else np.array([1])
         self.which, self.rank = interleave(self.counts)

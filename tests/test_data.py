@@ -126,17 +126,21 @@ def test_every_prefix_of_an_interleaving_is_close_to_the_mix(counts):
         assert np.abs(np.cumsum(mine) - ideal).max() <= len(counts) / 2 + 0.5
 
 
-def test_weights_are_replaced_without_new_files(two):
-    folder, _ = two
-    source, _ = TokenData(folder, "train", 10, weights={"big": 1, "small": 2}).locate(0, 3000)
+def test_weights_are_edited_in_the_manifest(two):
+    def weighed(big, small):
+        manifest = json.loads((two[0] / "manifest.json").read_text())
+        manifest["sources"]["big"]["weight"], manifest["sources"]["small"]["weight"] = big, small
+        (two[0] / "manifest.json").write_text(json.dumps(manifest))
+        return TokenData(two[0], "train", 10)
+
+    source, _ = weighed(1, 2).locate(0, 3000)
     assert np.bincount(source).tolist() == pytest.approx([1000, 2000], abs=2)
-    alone = TokenData(folder, "train", 10, weights={"big": 0})
+    alone = weighed(0, 2)
     assert alone.names == ["small"] and alone.tokens == 210 and len(alone) == 20
-    rare, _ = TokenData(folder, "train", 10, weights={"big": 1, "small": 1e-9}).locate(0, 3 * PERIOD)
+    rare, _ = weighed(1, 1e-9).locate(0, 3 * PERIOD)
     assert (rare == 1).sum() == 3  # never none at all
-    for weights, message in (({"bog": 1}, "no source 'bog', only big, small"), ({"big": -1}, "big=-1")):
-        with pytest.raises(DataError, match=message):
-            TokenData(folder, "train", 10, weights=weights)
+    with pytest.raises(DataError, match="0 tokens, too few"):
+        weighed(0, 0)
 
 
 def test_uint32_files(tmp_path):
@@ -196,7 +200,9 @@ def damage_part(key, value):
         (damage_part("name", "../secret.bin"), "a file named '../secret.bin'"),
         (damage_part("name", "/etc/passwd"), "a file named '/etc/passwd'"),
         (damage_part("tokens", 99), "big-00000.bin has 200 bytes where the manifest says 198"),
-        (damage_part("tokens", "100"), "malformed"),
+        (damage_part("tokens", "100"), "malformed: train/big-00000.bin of '100' tokens"),
+        (damage_part("tokens", 100.0), "malformed: train/big-00000.bin of 100.0 tokens"),
+        (damage_part("sha256", None), "malformed: .* sha256 None"),
         (lambda d: (d / "train/small-00000.bin").unlink(), "small-00000.bin is in the manifest but not on disk"),
         (lambda d: (d / "val/big-00000.bin").write_bytes(b"12"), "has 2 bytes where the manifest says 180"),
     ],
