@@ -46,7 +46,7 @@ LONG, CUT = 1 << 15, 1 << 14  # bytes: a file over LONG is cut into documents of
 BATCH = 1 << 20  # characters that a process encodes at a time
 UNIT = 1 << 28  # bytes of local files in a unit
 SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
-RETRIES = 4  # attempts to read a unit of a data set, seconds apart: 1, 4, 16
+RETRIES = 4  # attempts to read from a data set, seconds apart: 1, 4, 16
 ALIASES = {  # data sets that have moved: id -> (id, text, why)
     "storytracer/US-PD-Books": ("sedthh/gutenberg_english", "TEXT", "its texts are gone from the hub"),
 }
@@ -124,7 +124,9 @@ def local_units(source):
 def hub_units(source):
     """Units of a data set, one for each of its files, with the commit that they are read from and the rows to take."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
+    lasting = (ValueError, FileNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
     units = []
     try:
         commit = source.revision
@@ -144,13 +146,26 @@ def hub_units(source):
                 unit = {"split": split, "number": number, "id": source.id, "subset": source.subset, "name": name}
                 units.append(unit | {"commit": commit, "of": files, "rows": last - first, "all": share == 1})
     except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
-        raise DataError(f"source {source.name}: {source.id}: {first_line(e)}") from None
+        error = DataError if isinstance(e, lasting) else Unreachable
+        raise error(f"source {source.name}: {source.id}: {first_line(e)}") from None
     return units
 
 
 def plan(source):
     """The units of work of a source: dicts for JSON, with their split (None: by the hash) and their number in it."""
     return hub_units(source) if source.id else local_units(source)
+
+
+def insist(read, *args):
+    """read(*args), tried again where a data set stops answering."""
+    for attempt in range(1, RETRIES + 1):
+        try:
+            return read(*args)
+        except Unreachable as e:
+            if attempt == RETRIES:
+                raise
+            print(f"{e}; attempt {attempt + 1} of {RETRIES} follows", flush=True)
+            time.sleep(4 ** (attempt - 1))
 
 
 def first_line(e):
@@ -422,12 +437,12 @@ class TokenFile:
             self.file.close()
 
 
-def encode_unit(documents, paths, submit, ahead, width, report):
-    """Encode `documents` into the token files `paths` ({split: path}); their parts {split: part} of the manifest."""
+def encode_unit(source, unit, paths, submit, ahead, width, report):
+    """Encode a unit into the token files `paths` ({split: path}); their parts {split: part} of the manifest."""
     with ExitStack() as stack:
         files = {split: stack.enter_context(closing(TokenFile(path))) for split, path in paths.items()}
         try:
-            for encoded, done in in_order(submit, batches(documents), ahead):
+            for encoded, done in in_order(submit, batches(read_unit(source, unit)), ahead):
                 for split, (raw, number) in encoded.items():
                     files[split].write(raw, number)
                 report(done, sum(file.bytes for file in files.values()) // width)
@@ -547,13 +562,18 @@ def sample(work, val_fraction):
     """Training documents from the beginning of every unit, about SAMPLE characters in all."""
     work = [(source, unit) for source, unit in work if unit["split"] != "val"]
     for source, unit in work:
-        left = SAMPLE // len(work)
-        for text, _ in read_unit(source, unit):
-            if unit["split"] or not held_out(text, val_fraction):
-                yield text
-                left -= len(text)
-            if left <= 0:
-                break
+        yield from insist(beginning, source, unit, SAMPLE // len(work), val_fraction)
+
+
+def beginning(source, unit, left, val_fraction):
+    texts = []
+    for text, _ in read_unit(source, unit):
+        if unit["split"] or not held_out(text, val_fraction):
+            texts.append(text)
+            left -= len(text)
+        if left <= 0:
+            break
+    return texts
 
 
 def encode_all(todo, workers, out_dir, start, width):
@@ -581,15 +601,7 @@ def encode_all(todo, workers, out_dir, start, width):
                     splits = [unit["split"]] if unit["split"] else SPLITS
                     paths = {split: out_dir / split / f"{name}-{unit['number']:05d}.bin" for split in splits}
                     submit = partial(pool.submit, run_batch, unit["split"])
-                    for attempt in range(1, RETRIES + 1):
-                        try:
-                            parts = encode_unit(read_unit(source, unit), paths, submit, 2 * workers, width, report)
-                            break
-                        except Unreachable as e:
-                            if attempt == RETRIES:
-                                raise
-                            print(f"{e}; attempt {attempt + 1} of {RETRIES} follows", flush=True)
-                            time.sleep(4 ** (attempt - 1))
+                    parts = insist(encode_unit, source, unit, paths, submit, 2 * workers, width, report)
                     write_whole(record, parts)
                     tokens += sum(part["tokens"] for part in parts.values())
             seconds = time.monotonic() - began
@@ -653,7 +665,7 @@ def main(argv):
     for source in sources:  # what was begun goes on with the same commit, whatever happened on the hub since
         if source.id and not source.revision and pins[source.name].is_file():
             source.revision = pins[source.name].read_text()
-    work = [(source, unit) for source in sources for unit in plan(source)]
+    work = [(source, unit) for source in sources for unit in insist(plan, source)]
     vocab_size, eot = place_tokenizer(cfg, work, out_dir)
     dtype = "uint16" if vocab_size < 65_536 else "uint32"
     width = np.dtype(dtype).itemsize

@@ -368,6 +368,22 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
         assert file.read_bytes() == (out / file.relative_to(tmp_path / "d")).read_bytes()
 
 
+def test_one_failure_while_planning_or_sampling_does_not_end_a_run(mixture, tmp_path):
+    hub, _, _ = mixture
+    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    argv = [sys.executable, "-c", launcher, "--sources=[{'id': 'roneneldan/TinyStories'}]", "--num_proc=1"]
+    for name, place in (("plan", "/api/datasets/roneneldan/TinyStories"), ("sample", "train-00002")):
+        broken = iter([403])
+        hub.server.fail = lambda method, path, place=place, broken=broken: next(broken, None) if place in path else None
+        whole = [*argv, f"--out_dir={tmp_path}/{name}", "--vocab_size=300"]
+        done = subprocess.run(whole, check=False, capture_output=True, text=True, env=os.environ | hub)
+        hub.server.fail = lambda method, path: None
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("attempt 2 of 2 follows") == 1
+        assert done.stdout.index("attempt 2") < done.stdout.index("encoding with")
+    assert checksums(tmp_path / "plan") == checksums(tmp_path / "sample")
+
+
 def test_a_data_set_that_cannot_be_is_refused(mixture, tmp_path):
     cases = [
         ({"id": "no/such"}, "source such: no/such: "),
