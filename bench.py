@@ -732,7 +732,9 @@ def draw_sweep(rows: list[dict], title: str, path: str):
         for ax, x, y, unit in ((left, "flops_per_token", "loss", 1e6), (right, "selected", "decode_tokens_per_s", 1)):
             ax.plot([row[x] / unit for row in swept], [row[y] for row in swept], "o-", color=COLOURS[1], markersize=4)
             ax.plot(trained[x] / unit, trained[y], "D", color=COLOURS[2], markersize=6, clip_on=False)
-            ax.annotate("as trained", (trained[x] / unit, trained[y]), (0, -13), **grey | {"color": COLOURS[2]})
+            ax.annotate(
+                "as trained", (trained[x] / unit, trained[y]), (-7, -10), **grey | {"color": COLOURS[2], "ha": "right"}
+            )
             ax.margins(0.06, 0.14)
         for row in swept:
             left.annotate(f"{row['capacity']:g}", (row["flops_per_token"] / 1e6, row["loss"]), (0, 6), **grey)
