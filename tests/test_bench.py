@@ -129,15 +129,37 @@ def assert_same(a, b, tolerance):
     assert a[2] == b[2]
 
 
-def test_scores_and_generations_equal_hflm(folders, tokenizer):
+def hflm(folder, tokenizer):
+    """lm-eval's own way to run the dense model."""
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-    theirs = HFLM(
-        pretrained=Qwen2ForCausalLM.from_pretrained(folders["dense"]),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=bench.EOT, pad_token=bench.EOT),
-        batch_size=1,
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=bench.EOT, pad_token=bench.EOT)
+    return HFLM(pretrained=Qwen2ForCausalLM.from_pretrained(folder), tokenizer=fast, batch_size=1)
+
+
+def test_tasks_score_as_under_hflm(folders, tokenizer, task_folder, tmp_path, capsys):
+    """Multiple choice, perplexity and generation from YAML and jsonl: bench.py's results, and lm-eval's with HFLM."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    ours, _, _ = run(
+        capsys, f"--model_path={folders['dense']}", f"--tasks={task_folder}", f"--output_path={tmp_path}/r"
     )
+    manager, names = TaskManager(include_path=str(task_folder)), ["tiny_choice", "tiny_text", "tiny_generate"]
+    theirs = lm_eval.simple_evaluate(hflm(folders["dense"], tokenizer), tasks=names, task_manager=manager)
+    assert set(ours["results"]) == set(theirs["results"]) == set(names)
+    compared = [
+        (ours["results"][name][metric], value)
+        for name in names
+        for metric, value in theirs["results"][name].items()
+        if isinstance(value, float) and "stderr" not in metric
+    ]
+    assert len(compared) >= 4 and all(mine == pytest.approx(value, rel=1e-4) for mine, value in compared)
+
+
+def test_scores_and_generations_equal_hflm(folders, tokenizer):
+    theirs = hflm(folders["dense"], tokenizer)
     ours = our_lm(Transformer.from_pretrained(folders["dense"]), tokenizer, batch_size=4)
     expected = ask(theirs)
     assert any(expected[2])
