@@ -281,9 +281,8 @@ def decode_bytes(model: Transformer, batch: int, context: float, share: dict, ra
     for i, layer in enumerate(model.model.layers):
         block = nbytes(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
         idle = nbytes(layer.transition) if hasattr(layer, "transition") else 0  # serves training only
-        if (
-            hasattr(layer, "prior") and cfg.causal_decision == "router"
-        ):  # only as a gate, where the layer behind it runs
+        # A prior is read only for the gate of the layer behind it, where that runs.
+        if hasattr(layer, "prior") and cfg.causal_decision == "router":
             used = 0 if cfg.gate == "straight_through" else ran[i + 1]
             idle = (1 - used) * nbytes(layer.prior)
         selected = share.get(i, 1.0)

@@ -294,9 +294,8 @@ class Notes:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
     stats: dict[str, torch.Tensor] = field(default_factory=dict)  # scalars
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, T): mask, score, S_CE, …
-    surprise: tuple | None = (
-        None  # a decision layer's D_st, D_ch (B, T); in decoding D_ch is a function: few tokens need it
-    )
+    # A decision layer's D_st, D_ch (B, T); in decoding D_ch is a function, for few tokens need it.
+    surprise: tuple | None = None
 
 
 class RMSNorm(nn.Module):
@@ -658,9 +657,8 @@ class Output:
     losses: dict[str, torch.Tensor]  # every term unweighted: lm, causal, mod_aux, mod_z, prior, tpn, g_reg, distill
     stats: dict[str, torch.Tensor]  # means over routed layers, and layer_{i}/… of each
     masks: dict[int, torch.Tensor] | None  # {layer: (B, T) bool}, the tokens that ran
-    tokens: (
-        dict[int, dict[str, torch.Tensor]] | None
-    )  # {layer: {score, G, S_CE, S_CU, causal_probability}}, each (B, T)
+    # {layer: {score, G, S_CE, S_CU, causal_probability}}, each (B, T)
+    tokens: dict[int, dict[str, torch.Tensor]] | None
 
 
 class Transformer(nn.Module):

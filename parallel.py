@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from model import DecisionBlock, ModelConfig, STTBlock, broadcast, layer_class
+from model import DecisionBlock, ModelConfig, STTBlock, broadcast, is_router, layer_class
 
 
 def shard(model, device, bf16, offload):
@@ -25,7 +25,7 @@ def shard(model, device, bf16, offload):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     options = {
         "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
-        "ignored_params": {p for name, p in model.named_parameters() if "router." in name},
+        "ignored_params": {p for name, p in model.named_parameters() if is_router(name)},
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32,
