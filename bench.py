@@ -76,7 +76,7 @@ class BenchConfig:
     repeats: int = 5  # speed, capacity: timed rounds
     warmup: int = 1  # speed, capacity: rounds before them
     decode_steps: int = 16  # speed, capacity: tokens that a round of decoding generates
-    compile: bool = False  # speed: torch.compile rows for train and forward too
+    compile: bool = False  # speed: torch.compile rows for train, forward and decode too
     baseline: str = (
         ""  # speed: compare with this JSON file of an earlier run, made if missing; 5 % worse: exit status 1
     )
@@ -114,6 +114,11 @@ class BenchConfig:
             problems.append("tasks=code runs programs that the model wrote: allow it with --allow_code_execution")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    @property
+    def decoded_tokens(self) -> int:
+        """What a measurement of decoding generates behind seq_len, the round in which it compiles included."""
+        return (self.warmup + self.repeats + self.compile) * self.decode_steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,6 +214,8 @@ def compiled(model):
     """The same weights behind torch.compile."""
     fast = copy.copy(model)  # shares modules and weights
     fast.compile_trunk()
+    if isinstance(fast, Transformer):
+        fast.compile_decoding()
     return fast
 
 
@@ -256,9 +263,15 @@ def decoder(model, ids: torch.Tensor, prompt: int, steps: int):
     said, at = [], iter(range(prompt, ids.size(1)))
     cache = model.new_cache(*ids.shape)
     model(ids[:, :prompt], routing="causal", cache=cache)
+    step = getattr(model, "compiled_step", None)
+    if step:
+        cache = model.static_cache(cache)
 
     def decode():
         for t in itertools.islice(at, steps):
+            if step:
+                step(ids[:, t : t + 1], cache).argmax(-1)
+                continue
             out = model(ids[:, t : t + 1], routing="causal", cache=cache, return_masks=True)
             out.logits.argmax(-1)
             said.append(getattr(out, "masks", None))
@@ -298,7 +311,7 @@ def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
 
 def speed_models(cfg: BenchConfig, shape: ModelConfig, names, trained: Transformer | None, device) -> dict:
     """{architecture: model}, dense first: random weights of one shape, but for the trained model where there is one."""
-    tokens = cfg.seq_len + (cfg.warmup + cfg.repeats) * cfg.decode_steps
+    tokens = cfg.seq_len + cfg.decoded_tokens
     if trained and tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"seq_len={cfg.seq_len} and the tokens decoded behind it, {tokens} in all, pass this model's "
@@ -327,17 +340,17 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     fast = {name: compiled(model) for name, model in variants.items()} if cfg.compile else {}
     rows, memory = [], {name: {"parameters": sum(p.numel() for p in v.parameters())} for name, v in variants.items()}
     torch.manual_seed(1)
-    ids = torch.randint(config.vocab_size, (8, T + (cfg.warmup + cfg.repeats) * cfg.decode_steps), device=device)
+    ids = torch.randint(config.vocab_size, (8, T + cfg.decoded_tokens), device=device)
     x, y = (torch.randint(config.vocab_size, (B, T), device=device) for _ in range(2))
 
-    def time_all(run, fast_too=False):
-        """run(model, variant), for every variant and where it makes sense the compiled ones: {(variant, compiled): …}."""
-        for name, model in fast.items() if fast_too else ():
+    def time_all(run, fast=()):
+        """run(model, variant), for every variant and the compiled ones of `fast`: {(variant, compiled): …}."""
+        for name, model in dict(fast).items():
             start = time.perf_counter()
             run(model, name)
             memory[name]["compile_seconds"] = memory[name].get("compile_seconds", 0) + time.perf_counter() - start
         runs = {(name, False): lambda n=name, m=m: run(m, n) for name, m in variants.items()}
-        runs |= {(name, True): lambda n=name, m=m: run(m, n) for name, m in fast.items() if fast_too}
+        runs |= {(name, True): lambda n=name, m=m: run(m, n) for name, m in dict(fast).items()}
         return interleaved(runs, cfg, device)
 
     def report(measure, times, tokens, promise, steps=1):
@@ -362,7 +375,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
         steps = {name: training_step(model, x, y, autocast) for name, model in variants.items()}
         if "train" in cfg.measure:
             flops = {name: model.flops_per_token(T, training=True) * B * T for name, model in models.items()}
-            report("train", time_all(lambda model, name: steps[name][0](model), fast_too=True), B * T, flops)
+            report("train", time_all(lambda model, name: steps[name][0](model), fast), B * T, flops)
             for name, (step, optimizer) in steps.items():
                 memory[name] |= step_memory(step, variants[name], optimizer, device)
         if cfg.profile:
@@ -394,7 +407,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
                 name: (model.flops_per_token(T, training=True) + router * len(model.routed)) / 3 * B * T
                 for name, model in models.items()
             }
-            report("forward", time_all(lambda model, _: model(x), fast_too=True), B * T, flops)
+            report("forward", time_all(lambda model, _: model(x), fast), B * T, flops)
         if "causal" in cfg.measure:
             report("causal", time_all(lambda model, _: model(x, routing="causal")), B * T, causal)
         if "prefill" in cfg.measure:
@@ -404,11 +417,17 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
         for batch in (1, 8):
             if f"decode{batch}" not in cfg.measure:
                 continue
-            decoders = {name: decoder(model, ids[:batch], T, cfg.decode_steps) for name, model in variants.items()}
-            times = time_all(lambda _, name: decoders[name][0]())  # noqa: B023 (called before the loop goes on)
+            stepping = {name: model for name, model in fast.items() if name in models}
+            decoders = {
+                model: decoder(model, ids[:batch], T, cfg.decode_steps)
+                for model in (*variants.values(), *stepping.values())
+            }
+            times = time_all(lambda model, _: decoders[model][0](), stepping)  # noqa: B023 (called before the loop goes on)
             promise, context = {}, (T + ids.size(1)) / 2
             for name, model in models.items():
-                each = {i: torch.stack([masks[i] for masks in decoders[name][1]]) for i in share[name]}  # (steps, B, 1)
+                each = {
+                    i: torch.stack([masks[i] for masks in decoders[model][1]]) for i in share[name]
+                }  # (steps, B, 1)
                 ran = {i: mask.any(1).float().mean().item() for i, mask in each.items()}
                 selected = {i: mask.float().mean().item() for i, mask in each.items()}
                 promise[name] = decode_bytes(model, batch, context, selected, ran)
@@ -677,7 +696,7 @@ def capacity_sweep(cfg: BenchConfig, model: Transformer, tokenizer, device) -> l
     """
     if not model.routed:
         raise ConfigError(f"model_path={cfg.model_path} is dense: it has no capacity to sweep")
-    L, decoded = cfg.seq_len, (cfg.warmup + cfg.repeats) * cfg.decode_steps
+    L, decoded = cfg.seq_len, cfg.decoded_tokens
     if L + decoded > model.config.max_position_embeddings:
         raise ConfigError(
             f"seq_len={L} + {decoded} decoded tokens pass max_position_embeddings: lower seq_len or repeats"

@@ -27,19 +27,15 @@ if AVX512:
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), float32 on the CPU."""
     if torch.compiler.is_compiling():
-        return _opaque_product(x, weight, bias)
+        return torch.ops.nanodtf.product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("nanodtf::product", mutates_args=())
-def _opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for the compiler, which asks of an operator that it knows that the weights be constants."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@_opaque_product.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.size(0))
+# The same for the compiler, which asks of an operator that it knows that the weights be constants.
+_library = torch.library.Library("nanodtf", "DEF")
+_library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), "CPU")
+torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
 
 
 def keep_heap():

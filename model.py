@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import routers
+from cache import Cache, StaticCache
 
 ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
@@ -189,77 +190,6 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The KV cache
-
-
-class LayerCache:
-    """Keys and values of the tokens that ran in one block, compacted: row r holds `lengths[r]` of them, left-aligned.
-
-    A routed layer's cache grows with what it selects, so its memory is the capacity's share of a dense layer's.
-    """
-
-    def __init__(self, batch: int, limit: int, routed: bool):
-        self.lengths = [0] * batch
-        self.limit = limit  # tokens that a row can ever hold
-        self.routed = routed
-        self.k = self.v = None  # (B, n_kv, allocated, hd)
-        self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
-
-    def reserve(self, n: int, like: torch.Tensor):
-        held = 0 if self.k is None else self.k.size(2)
-        if n <= held:
-            return
-        size = min(self.limit, max(n, 2 * held, 32)) if self.routed else self.limit
-        old = self.k, self.v
-        self.k, self.v = (like.new_zeros(len(self.lengths), like.size(1), size, like.size(3)) for _ in range(2))
-        if held:
-            self.k[:, :, :held], self.v[:, :, :held] = old
-
-    def fill(self, k, v, counts: list[int]):
-        """Prefill: k, v (B, n_kv, T, hd), of which row r's first counts[r] are tokens. Attention sees k and v as given."""
-        T = k.size(2)
-        self.reserve(T, k)
-        self.k[:, :, :T], self.v[:, :, :T] = k, v
-        self.lengths = list(counts)
-        return k, v, None
-
-    def append(self, k, v, rows: list[int]):
-        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them."""
-        for r in rows:
-            self.lengths[r] += 1
-        lengths = [self.lengths[r] for r in rows]
-        S = max(lengths)
-        self.reserve(S, k)
-        ragged, keys, values = min(lengths) < S, self.k[:, :, :S], self.v[:, :, :S]
-        if len(rows) == len(self.lengths) and not ragged:
-            keys[:, :, -1:], values[:, :, -1:] = k, v
-            return keys, values, None
-        at = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
-        keys[at[0], :, at[1]], values[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
-        if len(rows) < len(self.lengths):
-            keys, values = keys[at[0]], values[at[0]]
-        mask = routers.valid_mask(lengths, S, k.device)[:, None, None] if ragged else None  # (rows, 1, 1, S)
-        return keys, values, mask
-
-
-class Cache:
-    """What a batch of sequences has left behind in every layer, and how many tokens each row has seen."""
-
-    def __init__(self, config: ModelConfig, batch: int, limit: int):
-        self.layers = [LayerCache(batch, limit, i in config.routed_layers) for i in range(config.num_hidden_layers)]
-        self.lengths = [0] * batch
-        self.finished: list[bool] | None = None  # rows that no longer generate: never selected again
-
-    def bytes_used(self) -> int:
-        """Bytes of the keys and values held (not of what is allocated ahead)."""
-        total = 0
-        for layer in self.layers:
-            if layer.k is not None:
-                total += 2 * sum(layer.lengths) * layer.k.size(1) * layer.k.size(3) * layer.k.element_size()
-        return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The block
 
 
@@ -271,7 +201,7 @@ class Context:
     positions: torch.Tensor  # (T), or (B, 1) in a decoding step
     rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, 1, hd), or (B, 1, 1, hd) in a decoding step
     lengths: list[int] | None  # tokens of each right-padded row, None without padding
-    cache: Cache | None
+    cache: Cache | StaticCache | None
     decoding: bool  # one new token a row, behind a filled cache
 
     def store(self, layer: int, **what):
@@ -340,7 +270,10 @@ class Attention(nn.Module):
         mask = None
         if store is not None:
             k, v, mask = store(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=True)
+        if T == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
+            y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
+            return self.o_proj(y.view(B, 1, d))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -447,13 +380,15 @@ class RoutedBlock(Block):
     def select(self, x, score, ctx: Context, notes: Notes):
         """The tokens that run: (indices (B, k) ascending, counts of the real ones per row or None for all k).
 
-        A decoding step gets (None, counts), counts[r] being 0 or 1. score: (B, T), unused by causal routers.
+        A decoding step gets (None, None): its rows are those of the mask. score: (B, T), unused by causal routers.
         """
         cfg = self.config
         state = ctx.cache.layers[self.index].state if ctx.cache else {}
         weight, bias = self.causal_router.weight, self.causal_router.bias
         logits, carried = routers.causal_logits(x.detach(), weight, bias, state.get("carried"))
-        if ctx.cache:
+        if ctx.cache and ctx.cache.static:
+            state["carried"].copy_(carried[:, 0])
+        elif ctx.cache:
             state["carried"] = ctx.last(carried)
         probability = logits.sigmoid()  # (B, T)
         chosen = probability > cfg.causal_threshold
@@ -474,9 +409,9 @@ class RoutedBlock(Block):
         else:
             mask = chosen if cfg.causal_decision == "router" else score > self.threshold
             if ctx.decoding:
-                if ctx.cache.finished:
-                    mask = mask & ~torch.tensor(ctx.cache.finished, device=x.device)[:, None]
-                indices, counts = None, mask[:, 0].tolist()  # the one synchronisation of a decoding step's layer
+                if ctx.cache.finished is not None:
+                    mask = mask & ~ctx.cache.finished[:, None]
+                indices = None
             else:
                 if ctx.lengths is not None:
                     mask = mask & routers.valid_mask(ctx.lengths, x.size(1), x.device)
@@ -496,17 +431,7 @@ class RoutedBlock(Block):
         if self.gate == "straight_through":
             gate = routers.straight_through(gate) if torch.is_tensor(gate) and gate.requires_grad else None
         if ctx.decoding:
-            rows = [r for r, selected in enumerate(counts) if selected]
-            if not rows:
-                return x
-            gate = gate() if callable(gate) else gate
-            some = torch.tensor(rows, device=x.device) if len(rows) < len(counts) else None
-            here, rope = (x, ctx.rope) if some is None else (x[some], tuple(t[some] for t in ctx.rope))
-            update = self.delta(here, rope, ctx.store(self.index, rows=rows))  # (rows, 1, d)
-            if gate is not None:
-                update = update * (gate if some is None else gate[some])[..., None]
-            update = update.to(x.dtype)
-            return x + update if some is None else x.index_add(0, some, update)
+            return (self.step_static if ctx.cache.static else self.step)(x, notes.tokens["mask"], gate, ctx)
         if indices.size(1) == 0:
             return x
         B, T, d = x.shape
@@ -519,6 +444,36 @@ class RoutedBlock(Block):
         if counts is not None:
             update = update.masked_fill(~routers.valid_mask(counts, update.size(1), x.device)[..., None], 0)
         return flat.index_add(0, places, update.flatten(0, 1).to(x.dtype)).view(B, T, d)
+
+    def step(self, x, mask, gate, ctx: Context):
+        """A decoding step of the rows that run: mask (B, 1), read back, the one synchronisation of a step's layer."""
+        rows = [r for r, (selected,) in enumerate(mask.tolist()) if selected]
+        if not rows:
+            return x
+        gate = gate() if callable(gate) else gate
+        some = torch.tensor(rows, device=x.device) if len(rows) < x.size(0) else None
+        here, rope = (x, ctx.rope) if some is None else (x[some], tuple(t[some] for t in ctx.rope))
+        update = self.delta(here, rope, ctx.store(self.index, rows=rows))  # (rows, 1, d)
+        if gate is not None:
+            update = update * (gate if some is None else gate[some])[..., None]
+        update = update.to(x.dtype)
+        return x + update if some is None else x.index_add(0, some, update)
+
+    def step_static(self, x, mask, gate, ctx: Context):
+        """The same in shapes that do not depend on the selection, for the compiler: all rows run, or none.
+
+        Where often none is selected, that is asked, for one synchronisation, and the weights are left alone. In a large
+        batch some row nearly always runs, and nothing is asked.
+        """
+
+        def run(x):
+            update = self.delta(x, ctx.rope, ctx.store(self.index, rows=mask[:, 0]))  # (B, 1, d)
+            if gate is not None:
+                update = update * (gate() if callable(gate) else gate)[..., None]
+            return torch.where(mask[..., None], x + update.to(x.dtype), x)
+
+        none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
+        return torch.cond(mask.any(), run, torch.clone, (x,)) if none_runs > 1 / 16 else run(x)
 
 
 class MoDBlock(RoutedBlock):
@@ -554,7 +509,7 @@ class SurprisedBlock(RoutedBlock):
         if ctx.cache:
             ends = torch.tensor(ctx.lengths or [d_st.size(1)] * d_st.size(0), device=d_st.device)[:, None]
             ring = routers.last_values(d_st, ends, window)  # (B, window)
-            ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": scalars}
+            ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": torch.stack(scalars)}
         average = routers.moving_average(d_st, window)  # (B, T)
         g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *scalars)
         notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
@@ -571,10 +526,11 @@ class DynamicBlock(SurprisedBlock):
             g = self.surprise_gate(*before.surprise, ctx, notes)
             return self.route(x, ctx, notes, score=g, gate=g), notes
         (d_st, d_ch), state = before.surprise, ctx.cache.layers[self.index].state
-        average = routers.next_average(d_st, state["ring"], ctx.positions, min(ctx.cache.lengths))
+        shortest = 0 if ctx.cache.static else min(ctx.cache.lengths)
+        average = routers.next_average(d_st, state["ring"], ctx.positions, shortest)
 
         def gate():
-            return routers.gate_of_surprise(d_st, d_ch(), average, *state["scalars"])[0]
+            return routers.gate_of_surprise(d_st, d_ch(), average, *state["scalars"].unbind())[0]
 
         if self.config.causal_decision == "threshold":
             g = gate()
@@ -633,9 +589,10 @@ class Trunk(nn.Module):
 
     def forward(self, input_ids, routing="topk", lengths=None, cache=None):
         """(B, T) ids → hidden states (B, T, d) behind the last norm, and the notes of every layer."""
-        decoding = cache is not None and max(cache.lengths) > 0
+        decoding = cache is not None and (cache.static or max(cache.lengths) > 0)
         if decoding:
-            positions = torch.tensor(cache.lengths, device=input_ids.device)[:, None]  # (B, 1)
+            seen = cache.lengths if cache.static else torch.tensor(cache.lengths, device=input_ids.device)
+            positions = seen[:, None]  # (B, 1)
         else:
             positions = torch.arange(input_ids.size(1), device=input_ids.device)  # (T)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
@@ -669,6 +626,7 @@ class Transformer(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = None
+        self.compiled_step = self.static = None
         self.init_weights(self.state_dict())
 
     @torch.no_grad()
@@ -695,6 +653,12 @@ class Transformer(nn.Module):
     def compile_trunk(self):
         """torch.compile for top-k routing. The module itself stays as it is: no prefix in names, causal routing eager."""
         self.__dict__["compiled"] = torch.compile(self.model, dynamic=False)
+
+    def compile_decoding(self):
+        """torch.compile, on CUDA with its graphs, for the steps of `generate`: anew for every batch size and width."""
+        torch._dynamo.config.recompile_limit = 64  # one code for every model, batch size and width
+        mode = "reduce-overhead" if self.head_weight.is_cuda else None
+        self.compiled_step = torch.compile(self.step, fullgraph=True, mode=mode)
 
     @property
     def routed(self) -> list[RoutedBlock]:
@@ -812,6 +776,19 @@ class Transformer(nn.Module):
         """An empty KV cache for `batch` rows of at most `limit` tokens."""
         return Cache(self.config, batch, limit)
 
+    def static_cache(self, filled: Cache) -> StaticCache:
+        """What a prefill has left behind, as a compiled step takes it: in the tensors of the last time, if they fit."""
+        if self.static is None or self.static.key != StaticCache.key_for(filled):
+            self.static = StaticCache(filled)
+        self.static.load(filled)
+        return self.static
+
+    def step(self, input_ids, cache: StaticCache) -> torch.Tensor:
+        """One decoding step in static shapes, which `compile_decoding` compiles: (B, 1) ids → (B, V) logits."""
+        hidden, _ = self.model(input_ids, "causal", None, cache)
+        cache.lengths.add_(1)
+        return kernels.linear(hidden, self.head_weight)[:, -1]
+
     @torch.no_grad()
     def generate(
         self, input_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), lengths=None, pad_id=0
@@ -837,19 +814,25 @@ class Transformer(nn.Module):
         stops = torch.tensor(list(stop_ids), device=input_ids.device, dtype=input_ids.dtype)
         cache = self.new_cache(B, T + max_new_tokens)
         finished = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+        cache.finished = finished if len(stops) else None
         rows, place = torch.arange(B, device=input_ids.device), torch.tensor(ends, device=input_ids.device)
         new, at_prompt = input_ids, ends
         for step in range(max_new_tokens):
-            logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
+            if cache.static:
+                logits = self.compiled_step(new, cache)  # (B, V)
+            else:
+                logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
             new = sample(logits, temperature, top_k, top_p)  # (B)
             new, at_prompt = torch.where(finished, pad_id, new), None
             result[rows, place + step] = new
             if len(stops):
                 finished |= torch.isin(new, stops)
-                cache.finished = finished.tolist()
-                if all(cache.finished):
+                if finished.all():
                     break
             new = new[:, None]
+            if self.compiled_step and not cache.static:  # behind the prefill
+                cache = self.static_cache(cache)
+                finished = cache.finished
         return result
 
     # -- what it costs ------------------------------------------------------------------------------------------------

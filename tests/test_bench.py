@@ -437,6 +437,18 @@ def test_speed_suite(tmp_path, capsys):
     assert "efficiency" in table and "n/a" in table
 
 
+def test_compiled_decoding_is_timed_beside_the_eager_one(capsys):
+    options = (
+        "--hidden_size=32 --num_hidden_layers=2 --intermediate_size=64 --vocab_size=128 --architecture=mod --compile"
+    )
+    more = "--seq_len=32 --batch_size=1 --repeats=2 --decode_steps=8 --measure=decode1"
+    document, table, _ = run(capsys, *options.split(), *more.split())
+    rows = {(row["variant"], row["compiled"]): row for row in document["speed"]["rows"]}
+    assert set(rows) == {("transformers", False), *((n, c) for n in ("dense", "mod") for c in (False, True))}
+    assert rows["mod", True]["promised"] == rows["mod", False]["promised"] < 1
+    assert document["speed"]["memory"]["mod"]["compile_seconds"] > 0 and "mod, compiled" in table
+
+
 def test_a_baseline_is_kept_and_compared_with(tmp_path, capsys):
     shape = "--hidden_size=32 --num_hidden_layers=2 --intermediate_size=64 --vocab_size=128 --architecture=mod"
     keys = [*shape.split(), *["--seq_len=16", "--batch_size=1", "--repeats=1", "--warmup=0", "--measure=forward"]]

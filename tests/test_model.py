@@ -283,6 +283,68 @@ def test_decoding_in_bfloat16_routes_as_in_float32(architecture, decision):
         assert relative_error(torch.cat([step.logits for step in steps], 1).float(), whole) < 0.1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])  # the last: masked, nothing is asked
+@pytest.mark.parametrize("decision", ["router", "threshold"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decision, rows):
+    """One graph, in static shapes. Random tokens behind ragged prompts, against each row alone without a cache."""
+    if architecture == "stt" and decision == "threshold":
+        pytest.skip("refused by ModelConfig")
+    model = small_model(architecture, rows, causal_decision=decision)
+    for layer in model.routed:
+        if decision == "threshold":
+            layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+    ids, lengths = random_ids(rows, 40), [20, 3, 11, 1, 17][:rows]
+    torch._dynamo.reset()
+    backend = "inductor" if os.environ.get("COMPILE") else "eager"
+    compiled_step = torch.compile(model.step, fullgraph=True, backend=backend)
+    for _ in range(2):  # the second time in the tensors of the first
+        cache, logits = model.new_cache(rows, 40), []
+        with torch.no_grad():
+            model(ids[:, :20], routing="causal", lengths=lengths, cache=cache)
+            cache = model.static_cache(cache)
+            for step in range(20):
+                last = torch.stack([row[n + step] for row, n in zip(ids, lengths, strict=True)])
+                logits.append(compiled_step(last[:, None], cache))
+            for r, n in enumerate(lengths):
+                out = model(ids[r : r + 1, : n + 20], routing="causal", return_masks=True)
+                assert relative_error(torch.stack([at[r] for at in logits]), out.logits[0, n:]) <= 1e-4
+                for i, mask in out.masks.items():
+                    assert cache.layers[i].lengths[r] == mask.sum()
+    assert cache.lengths.tolist() == [n + 20 for n in lengths]
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture):
+    model = small_model(architecture)
+    for layer in model.routed:
+        layer.causal_router.bias.data.fill_(-1e4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        caches = []
+        for rows in (2, 5):  # of five, half of them on average, one is taken for granted: their keys are written
+            cache = model.new_cache(rows, 20)
+            model(random_ids(rows, 8), routing="causal", cache=cache)
+            caches.append(model.static_cache(cache))
+            torch.compile(model.step, fullgraph=True, backend="eager")(random_ids(rows, 1), caches[-1])
+    for i in (1, 3):
+        assert caches[0].layers[i].k.count_nonzero() == 0 < caches[1].layers[i].k.count_nonzero()
+        assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
+
+
+def test_compiled_generation_is_the_eager_one():
+    """By the real compiler: ragged rows, stop ids, and a second, longer batch in a wider cache."""
+    model = small_model("dtf")
+    ids, lengths = random_ids(3, 9), [9, 4, 6]
+    stop = int(model.generate(ids, 30, lengths=lengths)[1, 4 + 5])
+    calls = [{"stop_ids": [stop], "pad_id": 96, "lengths": lengths}, {}, {"max_new_tokens": 240}]
+    calls = [{"input_ids": ids, "max_new_tokens": 30} | call for call in calls]
+    expected = [model.generate(**call) for call in calls]
+    model.compile_decoding()
+    for call, result in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**call), result)
+
+
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_caches_hold_selected_tokens_only(architecture):
     model = small_model(architecture)

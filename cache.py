@@ -1,0 +1,139 @@
+"""The KV cache of generation: one that grows with what routed layers select, and one of fixed size for compiled steps.
+
+B rows, n_kv key and value heads, hd head size. A routed layer holds keys and values of the tokens that ran in it only.
+"""
+
+import torch
+
+from routers import valid_mask
+
+
+class LayerCache:
+    """Keys and values of the tokens that ran in one block, compacted: row r holds `lengths[r]` of them, left-aligned.
+
+    A routed layer's cache grows with what it selects, so its memory is the capacity's share of a dense layer's.
+    """
+
+    def __init__(self, batch: int, limit: int, routed: bool):
+        self.lengths = [0] * batch
+        self.limit = limit  # tokens that a row can ever hold
+        self.routed = routed
+        self.k = self.v = None  # (B, n_kv, allocated, hd)
+        self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
+
+    def reserve(self, n: int, like: torch.Tensor):
+        held = 0 if self.k is None else self.k.size(2)
+        if n <= held:
+            return
+        size = min(self.limit, max(n, 2 * held, 32)) if self.routed else self.limit
+        old = self.k, self.v
+        self.k, self.v = (like.new_zeros(len(self.lengths), like.size(1), size, like.size(3)) for _ in range(2))
+        if held:
+            self.k[:, :, :held], self.v[:, :, :held] = old
+
+    def fill(self, k, v, counts: list[int]):
+        """Prefill: k, v (B, n_kv, T, hd), of which row r's first counts[r] are tokens. Attention sees k and v as given."""
+        T = k.size(2)
+        self.reserve(T, k)
+        self.k[:, :, :T], self.v[:, :, :T] = k, v
+        self.lengths = list(counts)
+        return k, v, None
+
+    def append(self, k, v, rows: list[int]):
+        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them."""
+        for r in rows:
+            self.lengths[r] += 1
+        lengths = [self.lengths[r] for r in rows]
+        S = max(lengths)
+        self.reserve(S, k)
+        ragged, keys, values = min(lengths) < S, self.k[:, :, :S], self.v[:, :, :S]
+        if len(rows) == len(self.lengths) and not ragged:
+            keys[:, :, -1:], values[:, :, -1:] = k, v
+            return keys, values, None
+        at = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
+        keys[at[0], :, at[1]], values[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
+        if len(rows) < len(self.lengths):
+            keys, values = keys[at[0]], values[at[0]]
+        mask = valid_mask(lengths, S, k.device)[:, None, None] if ragged else None  # (rows, 1, 1, S)
+        return keys, values, mask
+
+
+class Cache:
+    """What a batch of sequences has left behind in every layer, and how many tokens each row has seen."""
+
+    static = False
+
+    def __init__(self, config, batch: int, limit: int):
+        self.layers = [LayerCache(batch, limit, i in config.routed_layers) for i in range(config.num_hidden_layers)]
+        self.lengths = [0] * batch
+        self.limit = limit  # tokens that a row can ever hold
+        self.finished: torch.Tensor | None = None  # (B) bool: rows that no longer generate, never selected again
+
+    def bytes_used(self) -> int:
+        """Bytes of the keys and values held (not of what is allocated ahead)."""
+        total = 0
+        for layer in self.layers:
+            if layer.k is not None:
+                total += 2 * sum(layer.lengths) * layer.k.size(1) * layer.k.size(3) * layer.k.element_size()
+        return total
+
+
+class StaticLayerCache:
+    """A LayerCache whose tensors keep size and place, its lengths (B) on the device."""
+
+    def __init__(self, filled: LayerCache, like: torch.Tensor, width: int, lengths: torch.Tensor):
+        self.routed = filled.routed
+        self.lengths = torch.zeros_like(lengths) if self.routed else lengths  # of dense layers: the cache's
+        size = (*like.shape[:2], width, like.size(3))
+        self.k, self.v = like.new_zeros(size), like.new_zeros(size)  # (B, n_kv, width, hd)
+        self.state = {name: torch.empty_like(tensor) for name, tensor in filled.state.items()}
+        for tensor in (self.lengths, self.k, self.v, *self.state.values()):
+            torch._dynamo.mark_static_address(tensor)  # else CUDA graphs refuse to write into it
+
+    def append(self, k, v, rows):
+        """One decoding step of all rows: k, v (B, n_kv, 1, hd) → all keys, values, and the mask over them.
+
+        rows: (B) bool, those whose token a routed layer keeps; of the others, the next one takes the place.
+        """
+        at = torch.arange(k.size(0), device=k.device), slice(None), self.lengths
+        self.k[at], self.v[at] = k[:, :, 0], v[:, :, 0]
+        mask = torch.arange(self.k.size(2), device=k.device) <= self.lengths[:, None]  # (B, width)
+        if self.routed:
+            self.lengths.add_(rows)
+        return self.k, self.v, mask[:, None, None]
+
+
+class StaticCache:
+    """A Cache whose tensors keep size and place: what a compiled decoding step works on."""
+
+    static = True
+
+    def __init__(self, filled: Cache):
+        self.key = rows, width, routed_width, _, device = self.key_for(filled)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)  # (B)
+        self.layers = []
+        for layer in filled.layers:
+            room = routed_width if layer.routed else width
+            self.layers.append(StaticLayerCache(layer, filled.layers[0].k, room, self.lengths))
+
+    @staticmethod
+    def key_for(filled: Cache) -> tuple:
+        """What a static cache must agree in with a filled one to take it in: rows, room in dense and in routed layers, …
+
+        A routed layer needs room for what it holds and all that may come. Rounded, for few values are compiled and recorded.
+        """
+        routed = max([max(layer.lengths) for layer in filled.layers if layer.routed], default=0)
+        needed = filled.limit, routed + filled.limit - max(filled.lengths)
+        keys = filled.layers[0].k  # the first layer is dense
+        return len(filled.lengths), *(-(-tokens // 256) * 256 for tokens in needed), keys.dtype, keys.device
+
+    def load(self, filled: Cache):
+        """Takes over what a prefill has left behind."""
+        self.finished.zero_() if filled.finished is None else self.finished.copy_(filled.finished)
+        for layer, other in zip(self.layers, filled.layers, strict=True):
+            layer.lengths.copy_(torch.tensor(other.lengths))
+            if held := max(other.lengths):
+                layer.k[:, :, :held], layer.v[:, :, :held] = other.k[:, :, :held], other.v[:, :, :held]
+            for name, tensor in other.state.items():
+                layer.state[name].copy_(tensor)
