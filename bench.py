@@ -46,6 +46,7 @@ from model import ARCHITECTURES, ModelConfig, ModelError, Transformer, replacing
 from publish import git_revision
 from routers import valid_mask
 from sample import COLOURS, EOT, STYLE, encode, open_model, read_text, save_figure
+from tokenizer import vocabulary
 from train import peak_flops, pick_device
 
 OWN = ("speed", "flops", "perplexity", "capacity")
@@ -631,7 +632,7 @@ def streams(cfg: BenchConfig, model: Transformer, tokenizer) -> dict[str, tuple[
             f"{model.config.vocab_size}: name text that was prepared with this model's tokenizer"
         )
     own = os.path.join(cfg.text, "tokenizer.json")
-    if os.path.exists(own) and type(tokenizer).from_file(own).get_vocab() != tokenizer.get_vocab():
+    if os.path.exists(own) and vocabulary(own) != tokenizer.get_vocab():
         raise DataError(f"{cfg.text} has another tokenizer than the model: name text, or tokens of the model's own")
     tokens = (tokenizer.id_to_token(i) or "" for i in range(manifest["vocab_size"]))
     width = np.array([len(token) for token in tokens])  # byte-level BPE: a character of the vocabulary is a byte

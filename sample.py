@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import ConfigError, cli, configure
 from model import ModelError, Transformer, find_model, replacing
+from tokenizer import byte_alphabet
 
 EOT = "<|endoftext|>"  # ends a document: generation stops there, and an empty prompt starts behind one
 WINDOW = 1024  # tokens that a text is read in at a time
@@ -119,9 +120,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 
     A character whose bytes are spread over several byte-level tokens appears with the last of them, the others add "".
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's names of the 256 bytes
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    byte_of = byte_alphabet()
     added = tokenizer.get_added_tokens_decoder()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = []

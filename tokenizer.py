@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data import DataError
+
 EOT = "<|endoftext|>"
 # GPT-2's pattern, which `ByteLevel(use_regex=True)` stands for, and Qwen2's, which our own tokenizers get
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -41,6 +43,16 @@ def byte_alphabet():
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def vocabulary(path):
+    """{token: id} of a tokenizer.json, its added tokens included. Raises DataError where it is damaged."""
+    try:
+        spec = json.loads(Path(path).read_bytes())
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        return dict(spec["model"]["vocab"]) | added
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is damaged: put back the tokenizer.json that the ids were made with") from None
 
 
 def tiktoken_parts(spec):

@@ -11,6 +11,7 @@ SIGUSR1 and --max_seconds end the step, save and stop; a second Ctrl-C stops at 
 and, after the last step, final_model/.
 """
 
+import filecmp
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from data import DataError, TokenData
 from kernels import keep_heap
 from model import SIZES, ModelConfig, ModelError, Transformer, find_model
 from publish import HubError
+from tokenizer import vocabulary
 
 
 @dataclass
@@ -374,11 +376,10 @@ def check_fit(cfg, model_cfg, data, world):
 
 def another_tokenizer(source, data_dir):
     """Whether the model `source` comes with a tokenizer other than the data's: their ids would mean different things."""
-    files = [Path(folder) / "tokenizer.json" for folder in (find_model(source), data_dir)]
-    if not all(file.exists() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+    files = [os.path.join(folder, "tokenizer.json") for folder in (find_model(source), data_dir)]
+    if not all(map(os.path.exists, files)) or filecmp.cmp(*files, shallow=False):
         return False
-    mine, theirs = (json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab") for file in files)
-    return mine != theirs
+    return vocabulary(files[0]) != vocabulary(files[1])
 
 
 def open_teacher(cfg, model_cfg, device, bf16):

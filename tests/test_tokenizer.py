@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
 import tokenizer
+from data import DataError
 
 TEXTS = [path.read_text() for path in sorted(Path().glob("*.py"))]  # something to train small tokenizers on
 
@@ -120,3 +121,14 @@ def test_a_trained_tokenizer_opens_alike_in_transformers(own, tmp_path):
     for text in [*(text.replace(tokenizer.EOT, "") for text in TEXTS), "don't e\u0301 12345 \r\n  x\u212b"]:
         assert theirs(text)["input_ids"] == encode(text).tolist()
     assert theirs.eos_token_id == 0
+
+
+def test_the_vocabulary_is_that_of_tokenizers(own, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for spec in (own, with_added_tokens(own)):
+        path.write_text(json.dumps(spec))
+        assert tokenizer.vocabulary(path) == Tokenizer.from_file(str(path)).get_vocab()
+    for damaged in ("", "[]", '{"model": 3}', '{"model": {"vocab": null}}'):
+        path.write_text(damaged)
+        with pytest.raises(DataError, match="tokenizer.json is damaged"):
+            tokenizer.vocabulary(path)

@@ -627,6 +627,9 @@ def test_a_model_is_not_trained_on_another_tokenizers_ids(data, start, tmp_path,
     same = {"version": "1.0", "model": {"vocab": words}}  # written by another version
     (tmp_path / "data/tokenizer.json").write_text(json.dumps(same))
     assert not train.another_tokenizer(str(parent), tmp_path / "data")
+    (tmp_path / "data/tokenizer.json").write_text('{"model": {"voc')
+    status, err = script(monkeypatch, capsys, [*keys, f"--init_from={parent}"])
+    assert status == 2 and "tokenizer.json is damaged: put back" in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_resumed_run_takes_keys_that_need_others_of_it(runs, tmp_path):
@@ -764,7 +767,7 @@ def test_configs_from_scratch(name):
 
 def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
     text, data, run = tmp_path / "text.txt", tmp_path / "data", tmp_path / "run"
-    text.write_text("\n\n".join(path.read_text() for path in ROOT.glob("*.py")))
+    text.write_text("\n\n".join((ROOT / name).read_text() for name in ("model.py", "prepare.py", "train.py")))
     prepare.main([f"--input={text}", f"--out_dir={data}", "--vocab_size=300", "--val_fraction=0.3", "--num_proc=1"])
     keys = [f"--data_dir={data}", f"--out_dir={run}", "--architecture=mod", "--hidden_size=32", "--max_steps=2"]
     keys += ["--seq_len=32", "--batch_size=2", "--eval_batches=1000", "--device=cpu", "--eval_tasks=perplexity"]
