@@ -67,7 +67,7 @@ def test_bfloat16_is_as_accurate_as_transformers():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_golden_files_are_reproduced(architecture):
+def test_golden_files_are_reproduced(architecture, device):
     model, golden = golden_model(architecture)
     ids = torch.tensor(golden["input_ids"])[None]
     for routing in ("topk", "causal"):
@@ -88,7 +88,7 @@ def test_golden_files_are_reproduced(architecture):
 @pytest.mark.skipif(not os.environ.get("COMPILE"), reason="COMPILE=1: a quarter of a minute each on two cores")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_golden_files_are_reproduced_by_the_compiler(architecture, dtype, tolerance):
+def test_golden_files_are_reproduced_by_the_compiler(architecture, dtype, tolerance, device):
     model, golden = golden_model(architecture)
     torch._dynamo.reset()
     model.to(dtype).compile_trunk()
@@ -97,6 +97,22 @@ def test_golden_files_are_reproduced_by_the_compiler(architecture, dtype, tolera
     assert relative_error(out.logits[0], torch.tensor(golden["topk.logits"])) <= tolerance
     for layer, mask in out.masks.items():
         assert mask[0].tolist() == golden[f"topk.layers.{layer}.mask"].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_takes_the_flash_kernel(architecture, device):
+    """In training, prefill and steps, dense and packed lengths, grouped keys not expanded: no other kernel is allowed."""
+    model, ids = small_model(architecture).train(), random_ids(2, 61)
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            model(ids, ids).loss.backward()
+        assert set(seen) == ({61} if architecture == "dense" else {61, 30})
+        model.to_dtype(torch.bfloat16).eval().generate(ids[:1], 5)
+    with pytest.raises(RuntimeError, match="No available kernel"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 8, 8).double().requires_grad_(), dropout_p=0.5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -227,7 +243,7 @@ def test_padding_changes_nothing(architecture, routing):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("decision", ["router", "threshold"])
-def test_generate_equals_the_uncached_causal_forward(architecture, decision):
+def test_generate_equals_the_uncached_causal_forward(architecture, decision, device):
     """Greedy tokens and step logits of ragged batches of 1 to 5 rows, against each row alone without a cache."""
     if architecture == "stt" and decision == "threshold":
         pytest.skip("refused by ModelConfig")
@@ -256,7 +272,7 @@ def test_generate_equals_the_uncached_causal_forward(architecture, decision):
 
 @pytest.mark.parametrize("decision", ["router", "threshold"])
 @pytest.mark.parametrize("architecture", ROUTED)
-def test_decoding_in_bfloat16_routes_as_in_float32(architecture, decision):
+def test_decoding_in_bfloat16_routes_as_in_float32(architecture, decision, device):
     """Its first routed layer reads the same hidden states but for rounding; routers and thresholds are not rounded."""
     if architecture == "stt" and decision == "threshold":
         pytest.skip("no such decision")
@@ -286,7 +302,7 @@ def test_decoding_in_bfloat16_routes_as_in_float32(architecture, decision):
 @pytest.mark.parametrize("rows", [1, 2, 5])  # the last: masked, nothing is asked
 @pytest.mark.parametrize("decision", ["router", "threshold"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decision, rows):
+def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decision, rows, device):
     """One graph, in static shapes. Random tokens behind ragged prompts, against each row alone without a cache."""
     if architecture == "stt" and decision == "threshold":
         pytest.skip("refused by ModelConfig")
@@ -315,7 +331,7 @@ def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decisi
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture):
+def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture, device):
     model = small_model(architecture)
     for layer in model.routed:
         layer.causal_router.bias.data.fill_(-1e4)
@@ -332,7 +348,7 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
         assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
 
 
-def test_compiled_generation_is_the_eager_one():
+def test_compiled_generation_is_the_eager_one(device):
     """By the real compiler: ragged rows, stop ids, and a second, longer batch in a wider cache."""
     model = small_model("dtf")
     ids, lengths = random_ids(3, 9), [9, 4, 6]
