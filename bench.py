@@ -42,12 +42,13 @@ from tqdm import tqdm
 
 from configurator import ConfigError, cli, configure
 from data import DataError, read_manifest
-from model import ARCHITECTURES, ModelConfig, ModelError, Transformer, replacing
+from model import ARCHITECTURES, ModelConfig, ModelError, Transformer
 from publish import git_revision
 from routers import valid_mask
 from sample import COLOURS, EOT, STYLE, encode, open_model, read_text, save_figure
 from tokenizer import vocabulary
 from train import peak_flops, pick_device
+from weights import replacing
 
 OWN = ("speed", "flops", "perplexity", "capacity")
 MEASURES = ("train", "forward", "causal", "prefill", "decode1", "decode8")
@@ -337,7 +338,6 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     """Times every measure for `models` ("dense" first) and transformers: {"rows": […], "memory": {variant: {…}}}."""
     config, B, T = models["dense"].config, cfg.batch_size, cfg.seq_len
     variants = {"transformers": Peer(models["dense"]).to(device), **models}
-    torch._dynamo.config.recompile_limit = 64  # a graph for each architecture and mode, all behind the same code
     fast = {name: compiled(model) for name, model in variants.items()} if cfg.compile else {}
     rows, memory = [], {name: {"parameters": sum(p.numel() for p in v.parameters())} for name, v in variants.items()}
     torch.manual_seed(1)

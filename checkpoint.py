@@ -38,8 +38,9 @@ from safetensors import SafetensorError
 import lora
 import publish
 from configurator import ConfigError, cli, configure
-from model import INDEX, ModelConfig, ModelError, Transformer, local_rows
+from model import ModelConfig, Transformer
 from publish import HubError
+from weights import INDEX, ModelError, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
 TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what a model directory does not hold

@@ -21,7 +21,8 @@ import os
 
 import torch
 
-from model import ModelError, Transformer, find_model, is_routed_part, replacing, weight_paths
+from model import Transformer, is_routed_part
+from weights import ModelError, find_model, replacing, weight_paths
 
 TARGETS = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"  # not the *_proj of priors and transition networks
 CONFIG, ADAPTER, ROUTED = "adapter_config.json", "adapter_model.safetensors", "routed.safetensors"

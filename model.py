@@ -13,7 +13,6 @@ Sources: Qwen2.5 report for the block; Raposo et al. 2024 (arXiv 2404.02258) for
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import routers
 from cache import Cache, StaticCache
+from weights import ModelError, find_model, local_rows, replacing, weight_files, write_weights
 
 ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
@@ -49,10 +49,6 @@ for _name, _size in SIZES.items():
         _small = _name in ("0.5B", "1.5B", "3B")
         _size |= {"vocab_size": 151936 if _small else 152064, "tie_word_embeddings": _small}
         _size |= {"max_position_embeddings": 32768, "rope_theta": 1e6}
-
-
-class ModelError(ValueError):
-    """A configuration, a model directory or an input that cannot be used; the message is for the user."""
 
 
 @dataclass
@@ -272,7 +268,7 @@ class Attention(nn.Module):
             k, v, mask = store(k, v)
         if T == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
             y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(y.view(B, 1, d))
+            return self.o_proj(y.reshape(B, 1, d))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
 
@@ -526,10 +522,11 @@ class DynamicBlock(SurprisedBlock):
             g = self.surprise_gate(*before.surprise, ctx, notes)
             return self.route(x, ctx, notes, score=g, gate=g), notes
         (d_st, d_ch), state = before.surprise, ctx.cache.layers[self.index].state
-        shortest = 0 if ctx.cache.static else min(ctx.cache.lengths)
-        average = routers.next_average(d_st, state["ring"], ctx.positions, shortest)
+        ring = state["ring"]
+        ring.scatter_(1, ctx.positions % self.config.ma_window, d_st)
 
         def gate():
+            average = routers.ring_average(ring, ctx.positions, 0 if ctx.cache.static else min(ctx.cache.lengths))
             return routers.gate_of_surprise(d_st, d_ch(), average, *state["scalars"].unbind())[0]
 
         if self.config.causal_decision == "threshold":
@@ -656,7 +653,7 @@ class Transformer(nn.Module):
 
     def compile_decoding(self):
         """torch.compile, on CUDA with its graphs, for the steps of `generate`: anew for every batch size and width."""
-        torch._dynamo.config.recompile_limit = 64  # one code for every model, batch size and width
+        torch._dynamo.config.recompile_limit = 64  # of this code, in one process: every model, batch size and width
         mode = "reduce-overhead" if self.head_weight.is_cuda else None
         self.compiled_step = torch.compile(self.step, fullgraph=True, mode=mode)
 
@@ -897,9 +894,6 @@ class Transformer(nn.Module):
         Each is written to a temporary name first; weights that an earlier call left there go. state_dict: instead of its
         own. Of a model with LoRA only what was trained is written: see lora.py.
         """
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save_file
-
         os.makedirs(directory, exist_ok=True)
         state_dict = state_dict or self.own_state()
         if self.lora_rank:
@@ -908,18 +902,7 @@ class Transformer(nn.Module):
             lora.save(self, directory, state_dict)
             return self.save_config(directory)
         tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
-        split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_size)
-        for file, names in split.filename_to_tensors.items():
-            with replacing(os.path.join(directory, file)) as temporary:
-                save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
-        written = set(split.filename_to_tensors)
-        if split.is_sharded:
-            written.add(INDEX)
-            with replacing(os.path.join(directory, INDEX)) as temporary, open(temporary, "w") as f:
-                json.dump({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, f, indent=2)
-        for name in sorted(os.listdir(directory), reverse=True):  # the index before the files that it names
-            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) and name not in written:
-                os.remove(os.path.join(directory, name))
+        write_weights(directory, tensors, shard_size)
         self.save_config(directory)
 
     def save_config(self, directory: str):
@@ -993,18 +976,18 @@ class Transformer(nn.Module):
         return model.eval()
 
 
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice | None]:
-    """What this rank holds of a tensor, and which rows of the whole these are: None for all, unless FSDP sharded it."""
-    if not hasattr(tensor, "to_local"):
-        return tensor, None
-    n, mesh = tensor.size(0), tensor.device_mesh
-    each = -(-n // mesh.size())  # the last ranks may hold fewer, or none
-    first = min(n, each * mesh.get_local_rank())
-    return tensor.to_local(), slice(first, min(n, first + each))
-
-
 def broadcast(capacity: float | list[float], n: int) -> list[float]:
     return list(capacity) if isinstance(capacity, list | tuple) else [capacity] * n
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor decides which tokens run."""
+    return any(f".{part}" in name for part in ("router.", "causal_router.", "threshold"))
+
+
+def is_routed_part(name: str) -> bool:
+    """Whether a tensor is one that a conversion from a dense checkpoint starts anew."""
+    return is_router(name) or any(f".{part}" in name for part in ("prior.", "transition."))
 
 
 @torch.no_grad()
@@ -1058,104 +1041,3 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model directories
-
-INDEX = "model.safetensors.index.json"  # which file holds which tensor of a model in several
-
-
-def is_router(name: str) -> bool:
-    """Whether a tensor decides which tokens run."""
-    return any(f".{part}" in name for part in ("router.", "causal_router.", "threshold"))
-
-
-def is_routed_part(name: str) -> bool:
-    """Whether a tensor is one that a conversion from a dense checkpoint starts anew."""
-    return is_router(name) or any(f".{part}" in name for part in ("prior.", "transition."))
-
-
-def find_model(name: str) -> str:
-    """A directory, or the local snapshot of a hub id: "user/name" or "user/name@revision". Raises ModelError for neither."""
-    if os.path.isdir(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
-            raise ModelError(f"{name} holds no config.json: name a directory that a model was saved in")
-        return name
-    hub_id, _, revision = name.partition("@")
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
-        raise ModelError(f"{name} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B or user/name@revision")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(hub_id, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot fetch {name} from the hub: {reason}") from None
-
-
-def weight_paths(directory: str) -> list[str]:
-    """The safetensors files of a model directory, in order. Raises ModelError where there are none."""
-    index = os.path.join(directory, INDEX)
-    if os.path.exists(index):
-        try:
-            with open(index, encoding="utf-8") as f:
-                shards = sorted(set(json.load(f)["weight_map"].values()))
-            escaping = [shard for shard in shards if os.path.basename(shard) != shard]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{index} is not an index of safetensors files") from None
-        if escaping:
-            raise ModelError(f"{index} points outside its directory: {escaping[0]}")
-    elif os.path.exists(os.path.join(directory, "model.safetensors")):
-        shards = ["model.safetensors"]
-    else:
-        if any(name.startswith("shard-") for name in os.listdir(directory)):
-            raise ModelError(f"{directory} is a sharded checkpoint: python checkpoint.py export makes a model of it")
-        pickles = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
-        found = f" but pickled weights ({pickles[0]})" if pickles else ""
-        raise ModelError(f"{directory} holds no model.safetensors{found}: convert the model to safetensors first")
-    return [os.path.join(directory, shard) for shard in shards]
-
-
-def weight_files(directory: str):
-    """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
-
-    The function takes the rows to read, a slice; None for all. It opens the file anew: what a file has once mapped would
-    stay in this process's memory, the checkpoint a second time. Raises ModelError for files that are missing, damaged or
-    no safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for path in weight_paths(directory):
-
-        def read(name, rows, path=path):
-            with safe_open(path, framework="pt") as f:
-                return f.get_tensor(name) if rows is None else f.get_slice(name)[rows]
-
-        try:
-            with safe_open(path, framework="pt") as f:
-                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no dict)
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing, though {INDEX} names it") from None
-        except SafetensorError as error:
-            raise ModelError(f"{path} is damaged: {error}") from None
-        for name, shape in shapes.items():
-            yield name, shape, partial(read, name)
-
-
-class replacing:
-    """`with replacing(path) as temporary:` the file written under the temporary name takes its place when complete."""
-
-    def __init__(self, path: str):
-        self.path, self.temporary = path, f"{path}.partial"
-
-    def __enter__(self) -> str:
-        return self.temporary
-
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
-            with open(self.temporary, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(self.temporary, self.path)
-        elif os.path.exists(self.temporary):
-            os.remove(self.temporary)

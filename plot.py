@@ -23,7 +23,6 @@ import checkpoint
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
-from model import ModelError, replacing
 from sample import (
     COLOURS,
     STYLE,
@@ -37,6 +36,7 @@ from sample import (
     trace,
     visible,
 )
+from weights import ModelError, replacing
 
 
 @dataclass

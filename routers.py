@@ -71,19 +71,18 @@ def moving_average(d: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def last_values(d: torch.Tensor, ends: torch.Tensor, window: int) -> torch.Tensor:
-    """The ring for `next_average`: (B, T) → (B, window), place t % window holding value t of the last ones before ends (B, 1)."""
+    """The ring for `ring_average`: (B, T) → (B, window), place t % window holding value t of the last ones before ends (B, 1)."""
     slots = torch.arange(window, device=d.device)
     times = ends - 1 - (ends - 1 - slots) % window  # the newest time before `ends` that falls on each place
     return d.gather(1, times.clamp(min=0)) * (times >= 0)
 
 
-def next_average(d: torch.Tensor, ring: torch.Tensor, positions: torch.Tensor, shortest: int) -> torch.Tensor:
-    """`moving_average` at one more token a row: d (B, 1) at positions (B, 1) enters the ring (B, window) → (B, 1).
+def ring_average(ring: torch.Tensor, positions: torch.Tensor, shortest: int) -> torch.Tensor:
+    """`moving_average` of the newest token: ring (B, window) as in `last_values`, positions (B, 1) of it → (B, 1).
 
     shortest: the least of the positions, as the host knows it.
     """
     window = ring.size(1)
-    ring.scatter_(1, positions % window, d)
     return ring.sum(1, keepdim=True) / (window if shortest + 1 >= window else (positions + 1).clamp(max=window))
 
 

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import ConfigError, cli, configure
-from model import ModelError, Transformer, find_model, replacing
+from model import Transformer
 from tokenizer import byte_alphabet
+from weights import ModelError, find_model, replacing
 
 EOT = "<|endoftext|>"  # ends a document: generation stops there, and an empty prompt starts behind one
 WINDOW = 1024  # tokens that a text is read in at a time

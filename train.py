@@ -40,9 +40,10 @@ from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
 from data import DataError, TokenData
 from kernels import keep_heap
-from model import SIZES, ModelConfig, ModelError, Transformer, find_model
+from model import SIZES, ModelConfig, ModelError, Transformer
 from publish import HubError
 from tokenizer import vocabulary
+from weights import find_model
 
 
 @dataclass
