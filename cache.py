@@ -88,7 +88,7 @@ class StaticLayerCache:
         self.k, self.v = like.new_zeros(size), like.new_zeros(size)  # (B, n_kv, width, hd)
         self.state = {name: torch.empty_like(tensor) for name, tensor in filled.state.items()}
         for tensor in (self.lengths, self.k, self.v, *self.state.values()):
-            torch._dynamo.mark_static_address(tensor)  # else CUDA graphs refuse to write into it
+            torch._dynamo.mark_static_address(tensor, guard=False)  # else CUDA graphs refuse to write into it
 
     def append(self, k, v, rows):
         """One decoding step of all rows: k, v (B, n_kv, 1, hd) → all keys, values, and the mask over them.

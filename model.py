@@ -469,7 +469,8 @@ class RoutedBlock(Block):
             return torch.where(mask[..., None], x + update.to(x.dtype), x)
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
-        return torch.cond(mask.any(), run, torch.clone, (x,)) if none_runs > 1 / 16 else run(x)
+        ask = none_runs > 1 / 16 and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
+        return torch.cond(mask.any(), run, torch.clone, (x,)) if ask else run(x)
 
 
 class MoDBlock(RoutedBlock):

@@ -330,6 +330,7 @@ def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decisi
     assert cache.lengths.tolist() == [n + 20 for n in lengths]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.cond could not write into a cache")
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture, device):
     model = small_model(architecture)
