@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from configurator import ConfigError, cli, configure
 from data import DataError, read_manifest
-from model import ARCHITECTURES, ModelConfig, ModelError, Transformer
+from model import ARCHITECTURES, ModelConfig, ModelError, Transformer, compiled_step
 from publish import git_revision
 from routers import valid_mask
 from sample import COLOURS, EOT, STYLE, encode, open_model, read_text, save_figure
@@ -119,8 +119,8 @@ class BenchConfig:
 
     @property
     def decoded_tokens(self) -> int:
-        """What a measurement of decoding generates behind seq_len, the round in which it compiles included."""
-        return (self.warmup + self.repeats + self.compile) * self.decode_steps
+        """What a measurement of decoding generates behind seq_len."""
+        return (self.warmup + self.repeats) * self.decode_steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,14 +265,14 @@ def decoder(model, ids: torch.Tensor, prompt: int, steps: int):
     said, at = [], iter(range(prompt, ids.size(1)))
     cache = model.new_cache(*ids.shape)
     model(ids[:, :prompt], routing="causal", cache=cache)
-    step = getattr(model, "compiled_step", None)
+    step = compiled_step(model.head_weight.is_cuda) if getattr(model, "decodes_compiled", False) else None
     if step:
         cache = model.static_cache(cache)
 
     def decode():
         for t in itertools.islice(at, steps):
             if step:
-                step(ids[:, t : t + 1], cache).argmax(-1)
+                step(model, ids[:, t : t + 1], cache).argmax(-1)
                 continue
             out = model(ids[:, t : t + 1], routing="causal", cache=cache, return_masks=True)
             out.logits.argmax(-1)
@@ -313,7 +313,7 @@ def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
 
 def speed_models(cfg: BenchConfig, shape: ModelConfig, names, trained: Transformer | None, device) -> dict:
     """{architecture: model}, dense first: random weights of one shape, but for the trained model where there is one."""
-    tokens = cfg.seq_len + cfg.decoded_tokens
+    tokens = cfg.seq_len + cfg.decoded_tokens + cfg.compile * cfg.decode_steps
     if trained and tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"seq_len={cfg.seq_len} and the tokens decoded behind it, {tokens} in all, pass this model's "
@@ -341,7 +341,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     fast = {name: compiled(model) for name, model in variants.items()} if cfg.compile else {}
     rows, memory = [], {name: {"parameters": sum(p.numel() for p in v.parameters())} for name, v in variants.items()}
     torch.manual_seed(1)
-    ids = torch.randint(config.vocab_size, (8, T + cfg.decoded_tokens), device=device)
+    ids = torch.randint(config.vocab_size, (8, T + cfg.decoded_tokens + cfg.compile * cfg.decode_steps), device=device)
     x, y = (torch.randint(config.vocab_size, (B, T), device=device) for _ in range(2))
 
     def time_all(run, fast=()):
@@ -424,7 +424,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
                 for model in (*variants.values(), *stepping.values())
             }
             times = time_all(lambda model, _: decoders[model][0](), stepping)  # noqa: B023 (called before the loop goes on)
-            promise, context = {}, (T + ids.size(1)) / 2
+            promise, context = {}, T + cfg.decoded_tokens / 2
             for name, model in models.items():
                 each = {
                     i: torch.stack([masks[i] for masks in decoders[model][1]]) for i in share[name]

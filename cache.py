@@ -108,6 +108,7 @@ class StaticCache:
 
     static = True
 
+    @torch.inference_mode(False)  # it is written again, in that mode and outside
     def __init__(self, filled: Cache):
         self.key = rows, width, routed_width, _, device = self.key_for(filled)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B)
@@ -119,21 +120,26 @@ class StaticCache:
 
     @staticmethod
     def key_for(filled: Cache) -> tuple:
-        """What a static cache must agree in with a filled one to take it in: rows, room in dense and in routed layers, …
+        """What a static cache must agree in with a filled one to take it in: rows, room in dense and in routed layers,
+        types, device.
 
         A routed layer needs room for what it holds and all that may come. Rounded, for few values are compiled and recorded.
         """
         routed = max([max(layer.lengths) for layer in filled.layers if layer.routed], default=0)
         needed = filled.limit, routed + filled.limit - max(filled.lengths)
         keys = filled.layers[0].k  # the first layer is dense
-        return len(filled.lengths), *(-(-tokens // 256) * 256 for tokens in needed), keys.dtype, keys.device
+        dtypes = (keys.dtype, *(tensor.dtype for layer in filled.layers for tensor in layer.state.values()))
+        return len(filled.lengths), *(-(-tokens // 256) * 256 for tokens in needed), dtypes, keys.device
 
     def load(self, filled: Cache):
         """Takes over what a prefill has left behind."""
         self.finished.zero_() if filled.finished is None else self.finished.copy_(filled.finished)
         for layer, other in zip(self.layers, filled.layers, strict=True):
             layer.lengths.copy_(torch.tensor(other.lengths))
-            if held := max(other.lengths):
-                layer.k[:, :, :held], layer.v[:, :, :held] = other.k[:, :, :held], other.v[:, :, :held]
+            held = max(other.lengths)
+            for mine, theirs in ((layer.k, other.k), (layer.v, other.v)):
+                mine[:, :, held:] = 0  # the mask hides what was there, but not that it was NaN
+                if held:
+                    mine[:, :, :held] = theirs[:, :, :held]
             for name, tensor in other.state.items():
                 layer.state[name].copy_(tensor)

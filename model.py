@@ -10,11 +10,11 @@ Sources: Qwen2.5 report for the block; Raposo et al. 2024 (arXiv 2404.02258) for
 (arXiv 2511.21408) for DTF and STT. The routing decisions themselves are in routers.py.
 """
 
+import functools
 import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ class Context:
         """The function that files a block's new keys and values in the cache and returns those to attend to."""
         if self.cache is None:
             return None
-        return partial(getattr(self.cache.layers[layer], "append" if self.decoding else "fill"), **what)
+        return functools.partial(getattr(self.cache.layers[layer], "append" if self.decoding else "fill"), **what)
 
     def last(self, t: torch.Tensor) -> torch.Tensor:
         """The entry of each row's newest token: (B, T, …) → (B, …)."""
@@ -469,7 +469,8 @@ class RoutedBlock(Block):
             return torch.where(mask[..., None], x + update.to(x.dtype), x)
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
-        ask = none_runs > 1 / 16 and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
+        ask = none_runs > 1 / 16 and torch.compiler.is_compiling()
+        ask = ask and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
         return torch.cond(mask.any(), run, torch.clone, (x,)) if ask else run(x)
 
 
@@ -624,7 +625,7 @@ class Transformer(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = None
-        self.compiled_step = self.static = None
+        self.decodes_compiled, self.static = False, None
         self.init_weights(self.state_dict())
 
     @torch.no_grad()
@@ -653,10 +654,10 @@ class Transformer(nn.Module):
         self.__dict__["compiled"] = torch.compile(self.model, dynamic=False)
 
     def compile_decoding(self):
-        """torch.compile, on CUDA with its graphs, for the steps of `generate`: anew for every batch size and width."""
-        torch._dynamo.config.recompile_limit = 64  # of this code, in one process: every model, batch size and width
-        mode = "reduce-overhead" if self.head_weight.is_cuda else None
-        self.compiled_step = torch.compile(self.step, fullgraph=True, mode=mode)
+        """torch.compile, on CUDA with its graphs, for the steps of `generate`: for every batch size anew."""
+        limit = torch._dynamo.config.recompile_limit  # of variants of one code: every model, batch size and width
+        torch._dynamo.config.recompile_limit = max(64, limit)  # beyond it, steps run uncompiled
+        self.decodes_compiled = True
 
     @property
     def routed(self) -> list[RoutedBlock]:
@@ -706,9 +707,9 @@ class Transformer(nn.Module):
         if routing not in ("topk", "causal"):
             raise ModelError(f"routing={routing!r} is not one of topk, causal")
         B, T = input_ids.shape
-        seen = max(cache.lengths) if cache is not None else 0
         if T == 0 or B == 0:
             raise ModelError("an empty sequence has nothing to predict from: give at least one token")
+        seen = max(cache.lengths) if cache is not None else 0
         if seen + T > self.config.max_position_embeddings:
             raise ModelError(
                 f"a sequence of {seen + T} tokens is longer than max_position_embeddings="
@@ -777,12 +778,13 @@ class Transformer(nn.Module):
     def static_cache(self, filled: Cache) -> StaticCache:
         """What a prefill has left behind, as a compiled step takes it: in the tensors of the last time, if they fit."""
         if self.static is None or self.static.key != StaticCache.key_for(filled):
+            self.static = None  # its memory first
             self.static = StaticCache(filled)
         self.static.load(filled)
         return self.static
 
     def step(self, input_ids, cache: StaticCache) -> torch.Tensor:
-        """One decoding step in static shapes, which `compile_decoding` compiles: (B, 1) ids → (B, V) logits."""
+        """One decoding step in static shapes, to be compiled: (B, 1) ids → (B, V) logits."""
         hidden, _ = self.model(input_ids, "causal", None, cache)
         cache.lengths.add_(1)
         return kernels.linear(hidden, self.head_weight)[:, -1]
@@ -817,7 +819,7 @@ class Transformer(nn.Module):
         new, at_prompt = input_ids, ends
         for step in range(max_new_tokens):
             if cache.static:
-                logits = self.compiled_step(new, cache)  # (B, V)
+                logits = compiled_step(self.head_weight.is_cuda)(self, new, cache)  # (B, V)
             else:
                 logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
             new = sample(logits, temperature, top_k, top_p)  # (B)
@@ -828,7 +830,7 @@ class Transformer(nn.Module):
                 if finished.all():
                     break
             new = new[:, None]
-            if self.compiled_step and not cache.static:  # behind the prefill
+            if self.decodes_compiled and step == 0 and max_new_tokens > 1:
                 cache = self.static_cache(cache)
                 finished = cache.finished
         return result
@@ -975,6 +977,12 @@ class Transformer(nn.Module):
                 part.copy_(read(slice(first + at, first + at + part.size(0))))
         model.init_weights(model.initialized)
         return model.eval()
+
+
+@functools.cache
+def compiled_step(cuda: bool):
+    """`Transformer.step` compiled, for any model: a copy of one decodes with its own weights."""
+    return torch.compile(Transformer.step, mode="reduce-overhead" if cuda else None)
 
 
 def broadcast(capacity: float | list[float], n: int) -> list[float]:

@@ -50,7 +50,10 @@ def vocabulary(path):
     try:
         spec = json.loads(Path(path).read_bytes())
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        return dict(spec["model"]["vocab"]) | added
+        vocab = spec["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: pieces and their scores, in the order of the ids
+            vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+        return {**vocab, **added}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is damaged: put back the tokenizer.json that the ids were made with") from None
 

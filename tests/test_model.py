@@ -1,7 +1,9 @@
 """The model against transformers' Qwen2, the golden files, closed forms and brute force."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -100,19 +102,20 @@ def test_golden_files_are_reproduced_by_the_compiler(architecture, dtype, tolera
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_takes_the_flash_kernel(architecture, device):
+def test_attention_takes_the_flash_kernel(architecture, device, monkeypatch):
     """In training, prefill and steps, dense and packed lengths, grouped keys not expanded: no other kernel is allowed."""
     model, ids = small_model(architecture).train(), random_ids(2, 61)
-    seen = []
-    for layer in model.model.layers:
-        layer.self_attn.k_proj.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    attention, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[1].shape) or attention(*a, **k)
+    )
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         with torch.autocast(device, dtype=torch.bfloat16):
             model(ids, ids).loss.backward()
-        assert set(seen) == ({61} if architecture == "dense" else {61, 30})
+        assert set(seen) == {(2, 2, length, 8) for length in ([61] if architecture == "dense" else [61, 30])}
         model.to_dtype(torch.bfloat16).eval().generate(ids[:1], 5)
     with pytest.raises(RuntimeError, match="No available kernel"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 8, 8).double().requires_grad_(), dropout_p=0.5)
+        attention(*torch.randn(3, 1, 2, 8, 8).double().requires_grad_(), dropout_p=0.5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -313,7 +316,7 @@ def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decisi
     ids, lengths = random_ids(rows, 40), [20, 3, 11, 1, 17][:rows]
     torch._dynamo.reset()
     backend = "inductor" if os.environ.get("COMPILE") else "eager"
-    compiled_step = torch.compile(model.step, fullgraph=True, backend=backend)
+    compiled_step = torch.compile(Transformer.step, fullgraph=True, backend=backend)
     for _ in range(2):  # the second time in the tensors of the first
         cache, logits = model.new_cache(rows, 40), []
         with torch.no_grad():
@@ -321,7 +324,7 @@ def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decisi
             cache = model.static_cache(cache)
             for step in range(20):
                 last = torch.stack([row[n + step] for row, n in zip(ids, lengths, strict=True)])
-                logits.append(compiled_step(last[:, None], cache))
+                logits.append(compiled_step(model, last[:, None], cache))
             for r, n in enumerate(lengths):
                 out = model(ids[r : r + 1, : n + 20], routing="causal", return_masks=True)
                 assert relative_error(torch.stack([at[r] for at in logits]), out.logits[0, n:]) <= 1e-4
@@ -343,23 +346,56 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
             cache = model.new_cache(rows, 20)
             model(random_ids(rows, 8), routing="causal", cache=cache)
             caches.append(model.static_cache(cache))
-            torch.compile(model.step, fullgraph=True, backend="eager")(random_ids(rows, 1), caches[-1])
+            compiled_step = torch.compile(Transformer.step, fullgraph=True, backend="eager")
+            compiled_step(model, random_ids(rows, 1), caches[-1])
     for i in (1, 3):
         assert caches[0].layers[i].k.count_nonzero() == 0 < caches[1].layers[i].k.count_nonzero()
         assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
 
 
 def test_compiled_generation_is_the_eager_one(device):
-    """By the real compiler: ragged rows, stop ids, and a second, longer batch in a wider cache."""
-    model = small_model("dtf")
+    """By the real compiler: ragged rows, stop ids, one of them a first token, wider caches and the first again."""
+    model = small_model("dtf", max_position_embeddings=1024)
     ids, lengths = random_ids(3, 9), [9, 4, 6]
-    stop = int(model.generate(ids, 30, lengths=lengths)[1, 4 + 5])
-    calls = [{"stop_ids": [stop], "pad_id": 96, "lengths": lengths}, {}, {"max_new_tokens": 240}]
+    free = model.generate(ids, 30, lengths=lengths)
+    stops = [[int(free[1, 4 + 5])], [int(free[0, 9])]]
+    calls = [{"stop_ids": stop, "pad_id": 96, "lengths": lengths} for stop in stops]
+    calls += [{}, {"max_new_tokens": 300}, {"max_new_tokens": 1}, {"max_new_tokens": 600}, calls[0]]
     calls = [{"input_ids": ids, "max_new_tokens": 30} | call for call in calls]
     expected = [model.generate(**call) for call in calls]
     model.compile_decoding()
     for call, result in zip(calls, expected, strict=True):
         assert torch.equal(model.generate(**call), result)
+    assert model.static.key[:3] == (3, 256, 256)
+
+
+def test_compiled_generation_survives_what_models_go_through(monkeypatch, device):
+    """Copies with weights of their own, weights that were NaN, inference mode first, another type of the weights."""
+    monkeypatch.setattr(
+        "model.compiled_step", lambda cuda: torch.compile(Transformer.step, fullgraph=True, backend="eager")
+    )
+    model, ids = small_model("dtf"), random_ids(2, 9)
+    model.compile_decoding()
+    with torch.inference_mode():
+        model.generate(ids, 30)
+    good = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.generate(ids, 30)
+    model.load_state_dict(good)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    results = [one.generate(ids, 30) for one in (model, other)]
+    for one, result in zip((model, other), results, strict=True):
+        one.decodes_compiled = False
+        assert torch.equal(one.generate(ids, 30), result)
+    assert not torch.equal(*results)
+    model.decodes_compiled = True
+    with torch.autocast(device, dtype=torch.bfloat16):
+        model.generate(ids, 30)
+    assert model.to_dtype(torch.bfloat16).generate(ids, 30).shape == (2, 39)
+    assert pickle.loads(pickle.dumps(model)).decodes_compiled
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -446,8 +482,9 @@ def test_generate_is_reproducible_and_refuses_what_it_cannot_do():
     assert model.generate(ids, 0).tolist() == ids.tolist()
     with pytest.raises(ModelError, match="max_position_embeddings=256"):
         model.generate(ids, 252)
-    with pytest.raises(ModelError, match="at least one token"):
-        model.generate(ids[:, :0], 3)
+    for empty in (ids[:, :0], ids[:0]):
+        with pytest.raises(ModelError, match="at least one token"):
+            model.generate(empty, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_moving_average_is_the_mean_of_the_window(window):
         torch.testing.assert_close(got[:, t], d[:, max(0, t - window + 1) : t + 1].mean(1))
 
 
-def test_the_next_average_is_that_of_the_whole_sequence():
+def test_the_average_of_a_ring_is_that_of_the_whole_sequence():
     d, window, seen = torch.rand(3, 30), 7, [20, 3, 7]
     whole = routers.moving_average(d, window)
     ring = routers.last_values(d, torch.tensor(seen)[:, None], window)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers
 
 import tokenizer
 from data import DataError
@@ -128,6 +128,9 @@ def test_the_vocabulary_is_that_of_tokenizers(own, tmp_path):
     for spec in (own, with_added_tokens(own)):
         path.write_text(json.dumps(spec))
         assert tokenizer.vocabulary(path) == Tokenizer.from_file(str(path)).get_vocab()
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("ab", -2.5)], 0, False))
+    unigram.save(str(path))
+    assert tokenizer.vocabulary(path) == unigram.get_vocab() == {"<unk>": 0, "a": 1, "ab": 2}
     for damaged in ("", "[]", '{"model": 3}', '{"model": {"vocab": null}}'):
         path.write_text(damaged)
         with pytest.raises(DataError, match="tokenizer.json is damaged"):
