@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from model import ModelConfig, Transformer
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="inductor needs a C++ compiler"
+)
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
 ROUTED = ARCHITECTURES[1:]

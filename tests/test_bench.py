@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, ROUTED, random_ids, relative_error, small_model
+from helpers import ARCHITECTURES, ROUTED, needs_compiler, random_ids, relative_error, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -437,6 +437,7 @@ def test_speed_suite(tmp_path, capsys):
     assert "efficiency" in table and "n/a" in table
 
 
+@needs_compiler
 def test_compiled_decoding_is_timed_beside_the_eager_one(capsys):
     options = (
         "--hidden_size=32 --num_hidden_layers=2 --intermediate_size=64 --vocab_size=128 --architecture=mod --compile"

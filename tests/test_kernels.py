@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, random_ids
+from helpers import ARCHITECTURES, needs_compiler, random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -44,6 +44,7 @@ def test_the_linear_layer(bias, monkeypatch):
     assert len(calls) == (4 if kernels.AVX512 else 0)
 
 
+@needs_compiler
 def test_the_linear_layer_compiled(monkeypatch):
     """By the real compiler, which knows oneDNN's operator and refuses it in training."""
     monkeypatch.setattr(kernels, "SMALLEST", 0)

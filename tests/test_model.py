@@ -13,7 +13,7 @@ import measure_loading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, ROUTED, SMALL, golden_model, random_ids, relative_error, small_model
+from helpers import ARCHITECTURES, ROUTED, SMALL, golden_model, needs_compiler, random_ids, relative_error, small_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -353,6 +353,7 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
         assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
 
 
+@needs_compiler
 def test_compiled_generation_is_the_eager_one(device):
     """By the real compiler: ragged rows, stop ids, one of them a first token, wider caches and the first again."""
     model = small_model("dtf", max_position_embeddings=1024)
