@@ -14,6 +14,8 @@ import functools
 import json
 import math
 import os
+import shutil
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -651,10 +653,12 @@ class Transformer(nn.Module):
 
     def compile_trunk(self):
         """torch.compile for top-k routing. The module itself stays as it is: no prefix in names, causal routing eager."""
+        need_compiler()
         self.__dict__["compiled"] = torch.compile(self.model, dynamic=False)
 
     def compile_decoding(self):
         """torch.compile, on CUDA with its graphs, for the steps of `generate`: for every batch size anew."""
+        need_compiler()
         limit = torch._dynamo.config.recompile_limit  # of variants of one code: every model, batch size and width
         torch._dynamo.config.recompile_limit = max(64, limit)  # beyond it, steps run uncompiled
         self.decodes_compiled = True
@@ -977,6 +981,13 @@ class Transformer(nn.Module):
                 part.copy_(read(slice(first + at, first + at + part.size(0))))
         model.init_weights(model.initialized)
         return model.eval()
+
+
+def need_compiler():
+    """Raises ModelError where torch.compile would find no C++ compiler: it looks for one on GPUs too."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if sys.platform != "win32" and not shutil.which(name.split()[0]):
+        raise ModelError(f"torch.compile needs a C++ compiler, and {name} is not there: install it, or name one in CXX")
 
 
 @functools.cache

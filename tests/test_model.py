@@ -370,13 +370,20 @@ def test_compiled_generation_is_the_eager_one(device):
     assert model.static.key[:3] == (3, 256, 256)
 
 
+@pytest.mark.parametrize("what", ["compile_trunk", "compile_decoding"])
+def test_compiling_without_a_compiler_is_refused(what, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ModelError, match="needs a C.. compiler, and no-such-compiler is not there: install it"):
+        getattr(small_model("mod"), what)()
+
+
 def test_compiled_generation_survives_what_models_go_through(monkeypatch, device):
     """Copies with weights of their own, weights that were NaN, inference mode first, another type of the weights."""
     monkeypatch.setattr(
         "model.compiled_step", lambda cuda: torch.compile(Transformer.step, fullgraph=True, backend="eager")
     )
     model, ids = small_model("dtf"), random_ids(2, 9)
-    model.compile_decoding()
+    model.decodes_compiled = True
     with torch.inference_mode():
         model.generate(ids, 30)
     good = copy.deepcopy(model.state_dict())
