@@ -406,6 +406,19 @@ def test_compiled_generation_survives_what_models_go_through(monkeypatch, device
     assert pickle.loads(pickle.dumps(model)).decodes_compiled
 
 
+def test_beyond_the_compilers_limit_steps_run_uncompiled(monkeypatch, caplog):
+    model = small_model("dtf")
+    batches = [random_ids(rows, 9) for rows in range(1, 6)]
+    expected = [model.generate(ids, 12) for ids in batches]
+    torch._dynamo.reset()
+    step = torch.compile(Transformer.step, backend="eager")
+    monkeypatch.setattr("model.compiled_step", lambda cuda: step)
+    model.decodes_compiled = True
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert all(torch.equal(model.generate(ids, 12), want) for ids, want in zip(batches, expected, strict=True))
+    assert "hit config.recompile_limit" in caplog.text
+
+
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_caches_hold_selected_tokens_only(architecture):
     model = small_model(architecture)
