@@ -122,6 +122,11 @@ class BenchConfig:
         """What a measurement of decoding generates behind seq_len."""
         return (self.warmup + self.repeats) * self.decode_steps
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the speed suite's longest sequence: decoding begins with a round in which it compiles."""
+        return self.seq_len + self.decoded_tokens + self.compile * self.decode_steps
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Causal routers at a chosen capacity
@@ -313,7 +318,7 @@ def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
 
 def speed_models(cfg: BenchConfig, shape: ModelConfig, names, trained: Transformer | None, device) -> dict:
     """{architecture: model}, dense first: random weights of one shape, but for the trained model where there is one."""
-    tokens = cfg.seq_len + cfg.decoded_tokens + cfg.compile * cfg.decode_steps
+    tokens = cfg.longest_sequence
     if trained and tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"seq_len={cfg.seq_len} and the tokens decoded behind it, {tokens} in all, pass this model's "
@@ -341,7 +346,7 @@ def speed(cfg: BenchConfig, models: dict[str, Transformer], device, autocast, dt
     fast = {name: compiled(model) for name, model in variants.items()} if cfg.compile else {}
     rows, memory = [], {name: {"parameters": sum(p.numel() for p in v.parameters())} for name, v in variants.items()}
     torch.manual_seed(1)
-    ids = torch.randint(config.vocab_size, (8, T + cfg.decoded_tokens + cfg.compile * cfg.decode_steps), device=device)
+    ids = torch.randint(config.vocab_size, (8, cfg.longest_sequence), device=device)
     x, y = (torch.randint(config.vocab_size, (B, T), device=device) for _ in range(2))
 
     def time_all(run, fast=()):

@@ -66,7 +66,6 @@ class Cache:
     def __init__(self, config, batch: int, limit: int):
         self.layers = [LayerCache(batch, limit, i in config.routed_layers) for i in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
-        self.limit = limit  # tokens that a row can ever hold
         self.finished: torch.Tensor | None = None  # (B) bool: rows that no longer generate, never selected again
 
     def bytes_used(self) -> int:
@@ -126,8 +125,9 @@ class StaticCache:
         A routed layer needs room for what it holds and all that may come. Rounded, for few values are compiled and recorded.
         """
         routed = max([max(layer.lengths) for layer in filled.layers if layer.routed], default=0)
-        needed = filled.limit, routed + filled.limit - max(filled.lengths)
-        keys = filled.layers[0].k  # the first layer is dense
+        dense = filled.layers[0]  # as the first layer always is
+        needed = dense.limit, routed + dense.limit - max(filled.lengths)
+        keys = dense.k
         dtypes = (keys.dtype, *(tensor.dtype for layer in filled.layers for tensor in layer.state.values()))
         return len(filled.lengths), *(-(-tokens // 256) * 256 for tokens in needed), dtypes, keys.device
 
