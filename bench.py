@@ -1060,4 +1060,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main, DataError, ModelError)
+    cli(main)

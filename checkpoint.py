@@ -38,17 +38,13 @@ from safetensors import SafetensorError
 import lora
 import publish
 from configurator import ConfigError, cli, configure
+from errors import CheckpointError
 from model import ModelConfig, Transformer
-from publish import HubError
-from weights import INDEX, ModelError, local_rows
+from weights import INDEX, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
 TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what a model directory does not hold
 WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or continued; the message is one line."""
 
 
 def flush(path):
@@ -440,4 +436,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main, CheckpointError, HubError, ModelError)
+    cli(main)

@@ -25,12 +25,78 @@ import textwrap
 import tokenize
 import types
 import typing
+from typing import Annotated
+
+from errors import ConfigError, UserError
 
 WORDS = {"true": True, "false": False, "1": True, "0": False}  # what a bool may be on the command line
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line that names it, its value and the cure."""
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers that a setting may be: `seq_len: Annotated[int, Range(1)]`. Said in words by `problems`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False  # low itself is not allowed
+    open_high: bool = False
+
+    def __contains__(self, number):
+        above = number > self.low if self.open_low else number >= self.low
+        return above and (number < self.high if self.open_high else number <= self.high)
+
+    def __str__(self):
+        if self.high < math.inf:
+            return f"must lie in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+        if self.low == 0:
+            return "must be positive" if self.open_low else "must not be negative"
+        return f"must be at least {self.low:g}"
+
+
+Count = Annotated[int, Range(1)]  # 1, 2, 3 …
+Amount = Annotated[int, Range(0)]  # a count, or 0 for none
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def problems(cfg) -> list[str]:
+    """What is wrong with the values of a dataclass: each field that leaves its Literal or its Range, in one line each.
+
+    A list, or one value in place of a list, is checked item by item; None passes where the annotation allows it.
+    """
+    found = []
+    for key, want in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, key)
+        if value is not None and not fits(value, want):
+            found.append(f"{key}={value!r} {limits(want)}")
+    return found
+
+
+def fits(value, want) -> bool:
+    """Whether a value of the right type is within the Literals and Ranges of the annotation `want`."""
+    origin, args = typing.get_origin(want), typing.get_args(want)
+    if origin is typing.Literal:
+        return value in args
+    if origin is Annotated:
+        return all(value in limit for limit in args[1:])
+    if origin in (typing.Union, types.UnionType):
+        lists = isinstance(value, list | tuple)
+        meant = [option for option in args if (typing.get_origin(option) in (list, tuple)) == lists]
+        return any(fits(value, option) for option in meant if option is not types.NoneType)
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        each = [option for option in args if option is not Ellipsis]
+        return all(fits(item, each[min(i, len(each) - 1)]) for i, item in enumerate(value))
+    return True
+
+
+def limits(want) -> str:
+    """The first Literal or Range of an annotation, in words."""
+    if typing.get_origin(want) is typing.Literal:
+        return f"is not one of {', '.join(map(str, typing.get_args(want)))}"
+    if typing.get_origin(want) is Annotated:
+        return str(want.__metadata__[0])
+    return next(filter(None, map(limits, typing.get_args(want))), "")
 
 
 def convert(value, want, text=False):
@@ -112,54 +178,91 @@ def configure(doc, argv, *schemas, positional=None):
         print_help(doc, schemas, fields)
         sys.exit(0)
 
-    settings, problems, rest = [{} for _ in schemas], [], []
-
-    def put(key, value, text, where):
-        if key not in types_of:
-            near = difflib.get_close_matches(key, types_of, 1, 0.5)
-            problems.append(f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
-            return
-        for known, chosen in zip(fields, settings, strict=True):
-            if key in known:
-                try:
-                    chosen[key] = convert(value, known[key], text)
-                except (ValueError, OverflowError):
-                    problems.append(f"{where}: {value!r} is not {spell(known[key])}")
-                    return
-
-    arguments = list(argv)
+    reader = Reader(types_of, fields, [{} for _ in schemas])
+    arguments, rest = list(argv), []
     while arguments:
         arg = arguments.pop(0)
         if arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            if not equals and types_of.get(key) is bool:
-                value = arguments.pop(0) if arguments and arguments[0].lower() in WORDS else "true"
-            elif not equals and key in types_of:
-                if not arguments or arguments[0].startswith("--"):
-                    problems.append(f"--{key}: a value is missing, as in --{key}=…")
-                    continue
-                value = arguments.pop(0)
-            elif not equals and arguments and not arguments[0].startswith("--") and not arguments[0].endswith(".py"):
-                arguments.pop(0)  # the value of an unknown key: not a second error
-            put(key, value, True, f"--{key}")
+            reader.key(arg[2:], arguments)
         elif arg.endswith(".py"):
-            try:
-                names = runpy.run_path(arg)
-            except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
-                problems.append(f"config file {arg}: {type(e).__name__}: {e}")
-                continue
-            for name, value in names.items():
-                if name in types_of or not (name.startswith("_") or callable(value) or inspect.ismodule(value)):
-                    put(name, value, False, f"{arg}: {name}")
+            reader.file(arg)
         elif positional:
             rest.append(arg)
         else:
-            problems.append(f"{arg!r} is neither a config file (*.py) nor --key=value")
+            reader.problems.append(f"{arg!r} is neither a config file (*.py) nor --key=value")
     if rest:
-        put(positional, rest, False, positional)
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return settings
+        reader.put(positional, rest, False, positional)
+    if reader.problems:
+        raise ConfigError("; ".join(reader.problems))
+    return reader.settings
+
+
+@dataclasses.dataclass
+class Reader:
+    """Puts one argument after another into `settings`, or a line into `problems`."""
+
+    types_of: dict  # key -> annotation, of all dataclasses
+    fields: list[dict]  # the same for each dataclass
+    settings: list[dict]  # key -> value, for each dataclass
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def put(self, key, value, text, where):
+        """`value` of `key`; text: it is a string of the command line. where: how a message names it."""
+        if key not in self.types_of:
+            near = difflib.get_close_matches(key, self.types_of, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            self.problems.append(f"{where}: unknown key; {hint}")
+            return
+        for known, chosen in zip(self.fields, self.settings, strict=True):
+            if key not in known:
+                continue
+            try:
+                chosen[key] = convert(value, known[key], text)
+            except (ValueError, OverflowError):
+                choice = isinstance(value, str) and "Literal[" in str(known[key])
+                wrong = f"{key}={value!r} {limits(known[key])}" if choice else None
+                self.problems.append(wrong or f"{where}: {value!r} is not {spell(known[key])}")
+                return
+
+    def key(self, argument, following):
+        """`key=value`, or `key` whose value is the first of the arguments that follow; a bool needs none."""
+        key, equals, value = argument.partition("=")
+        if equals:
+            pass
+        elif self.types_of.get(key) is bool:
+            value = following.pop(0) if following and following[0].lower() in WORDS else "true"
+        elif key in self.types_of:
+            if not following or following[0].startswith("--"):
+                self.problems.append(f"--{key}: a value is missing, as in --{key}=…")
+                return
+            value = following.pop(0)
+        elif following and not following[0].startswith("--") and not following[0].endswith(".py"):
+            following.pop(0)  # the value of an unknown key: not a second error
+        self.put(key, value, True, f"--{key}")
+
+    def file(self, path):
+        """A config file: the public names that it defines."""
+        try:
+            names = runpy.run_path(path)
+        except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
+            self.problems.append(f"config file {path}: {type(e).__name__}: {e}")
+            return
+        for name, value in names.items():
+            helper = name.startswith("_") or callable(value) or inspect.ismodule(value)
+            if name in self.types_of or not helper:
+                self.put(name, value, False, f"{path}: {name}")
+
+
+def comments_of(schema):
+    """{field: the comment behind it} of a dataclass, from the sources of the class and its bases."""
+    meaning = {}
+    for base in schema.__mro__[-2::-1]:
+        source = textwrap.dedent(inspect.getsource(base))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        nodes = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        meaning |= {node.target.id: comments.get(node.end_lineno, "") for node in nodes}
+    return meaning
 
 
 def print_help(doc, schemas, fields):
@@ -167,11 +270,7 @@ def print_help(doc, schemas, fields):
     seen = set()
     for schema, known in zip(schemas, fields, strict=True):
         print(f"{schema.__name__}:")
-        source = textwrap.dedent(inspect.getsource(schema))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        nodes = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-        meaning = {node.target.id: comments.get(node.end_lineno, "") for node in nodes}
+        meaning = comments_of(schema)
         for field in dataclasses.fields(schema):
             if field.name in seen:
                 continue
@@ -184,12 +283,12 @@ def print_help(doc, schemas, fields):
         print()
 
 
-def cli(main, *errors):
-    """Run `main(sys.argv[1:])`; a ConfigError, an OSError or one of `errors` is one line on stderr and status 2."""
+def cli(main):
+    """Run `main(sys.argv[1:])`; a UserError or an OSError is one line on stderr and status 2."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ConfigError, OSError, *errors) as e:
+    except (UserError, OSError) as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -22,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import DataError
+
 VERSION = 1
 SPLITS = ("train", "val")
 PERIOD = 65_536  # slots after which the interleaving of the sources repeats; the resolution of their weights
-
-
-class DataError(ValueError):
-    """A data folder that cannot be used; the message is one line for the user."""
 
 
 def read_manifest(data_dir):
@@ -261,4 +259,4 @@ def main(argv):
 if __name__ == "__main__":
     from configurator import cli
 
-    cli(main, DataError)
+    cli(main)

@@ -4,13 +4,78 @@ Sharded are all parameters but those that route: a routing decision is a compari
 in float32, and their few gradients are averaged here. That is also what lets them be scalars, which cannot be sharded.
 """
 
+import os
+import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
 
 from model import DecisionBlock, ModelConfig, STTBlock, broadcast, is_router, layer_class
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One rank among several, or the only one
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this rank on its machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_ranks(backend: str | None = None):
+    """Joins the other ranks where torchrun has started this program, and does nothing elsewhere."""
+    if "RANK" not in os.environ:
+        return
+    # After a restart torchrun's store still holds the addresses of the ranks before.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=ranks[0], world_size=ranks[1])
+
+
+def say(text: str):
+    """A line on stderr, once for all ranks, above a progress bar."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def from_main(value):
+    """What the main rank holds, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def of_all(value) -> list:
+    """What each rank holds, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or another reduction) over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
 
 
 def shard(model, device, bf16, offload):

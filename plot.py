@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import checkpoint
 from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
-from data import DataError, TokenData
+from data import TokenData
 from sample import (
     COLOURS,
     STYLE,
@@ -36,7 +36,7 @@ from sample import (
     trace,
     visible,
 )
-from weights import ModelError, replacing
+from weights import replacing
 
 
 @dataclass
@@ -426,4 +426,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    cli(main, CheckpointError, DataError, ModelError)
+    cli(main)

@@ -712,4 +712,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main, DataError)
+    cli(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from errors import HubError
 from model import ModelConfig, Transformer
 
 ABOUT = {
@@ -24,10 +25,6 @@ ABOUT = {
     "stt": "STT, a Subjective Timescale Transformer (arXiv 2511.21408): a transition network predicts each token's update "
     'from the token before; blocks run where it and "no change" disagree, other tokens skip them.',
 }
-
-
-class HubError(ValueError):
-    """The hub that refuses a repository or an upload; the message is one line with the cure."""
 
 
 def reason(error):

@@ -564,4 +564,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    cli(main, ModelError)
+    cli(main)

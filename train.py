@@ -36,12 +36,11 @@ import checkpoint
 import lora
 import parallel
 import publish
-from checkpoint import CheckpointError
 from configurator import ConfigError, cli, configure
-from data import DataError, TokenData
+from data import TokenData
+from errors import CheckpointError, TrainError
 from kernels import keep_heap
-from model import SIZES, ModelConfig, ModelError, Transformer
-from publish import HubError
+from model import SIZES, ModelConfig, Transformer
 from tokenizer import vocabulary
 from weights import find_model
 
@@ -144,10 +143,6 @@ class TrainConfig:
             self.lr_base = 1e-3 if self.init_from == "scratch" else 1e-5
         if problems:
             raise ConfigError("; ".join(problems))
-
-
-class TrainError(ValueError):
-    """A run that cannot go on; the message is one line."""
 
 
 # What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
@@ -863,4 +858,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main, CheckpointError, DataError, HubError, ModelError, TrainError)
+    cli(main)

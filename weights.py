@@ -10,11 +10,9 @@ from functools import partial
 
 import torch
 
+from errors import ModelError
+
 INDEX = "model.safetensors.index.json"  # which file holds which tensor of a model in several
-
-
-class ModelError(ValueError):
-    """A configuration, a model directory or an input that cannot be used; the message is for the user."""
 
 
 def find_model(name: str) -> str:

@@ -1,0 +1,78 @@
+"""Where tensors live and how fast that is: the device and number format of a run, and what depends on its type."""
+
+import re
+from contextlib import nullcontext
+
+import torch
+
+from errors import ConfigError
+from kernels import keep_heap
+
+# Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first whose words
+# the device's name contains. A device that is missing here gets no MFU rather than a guess.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A6000": 154.8e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device, bf16: bool) -> float | None:
+    """FLOP/s that MFU compares with, or None: no GPU, an unknown one, or not bfloat16."""
+    if device.type != "cuda" or not bf16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = (flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b(?!.*Laptop)", name))
+    return next(known, None)
+
+
+def pick_device(cfg, local_rank: int = 0, world: int = 1):
+    """The device and the autocast context of this rank, from cfg.device and cfg.dtype ("auto": the best that is there).
+
+    Raises ConfigError for a device that is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and world == 1,  # it has no collectives
+        "cpu": True,
+    }
+    name = next(kind for kind in available if available[kind]) if cfg.device == "auto" else cfg.device
+    if not available.get(name):
+        found = ", ".join(kind for kind in available if available[kind])
+        raise ConfigError(f"device={cfg.device!r} is not available here: {found}")
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {local_rank} finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if name == "cpu":
+        keep_heap()
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported())
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return device, torch.autocast(name, torch.bfloat16) if bf16 else nullcontext()
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was asked to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def device_name(device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
