@@ -21,6 +21,10 @@ class LayerCache:
         self.k = self.v = None  # (B, n_kv, allocated, hd)
         self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
 
+    def remember(self, name: str, value: torch.Tensor):
+        """Keeps a tensor of the newest token for the next step."""
+        self.state[name] = value
+
     def reserve(self, n: int, like: torch.Tensor):
         held = 0 if self.k is None else self.k.size(2)
         if n <= held:
@@ -68,6 +72,10 @@ class Cache:
         self.lengths = [0] * batch
         self.finished: torch.Tensor | None = None  # (B) bool: rows that no longer generate, never selected again
 
+    def advance(self, lengths: list[int] | None, T: int):
+        """Each row has seen its next lengths[r] tokens, T without padding."""
+        self.lengths = [past + new for past, new in zip(self.lengths, lengths or [T] * len(self.lengths), strict=True)]
+
     def bytes_used(self) -> int:
         """Bytes of the keys and values held (not of what is allocated ahead)."""
         total = 0
@@ -88,6 +96,9 @@ class StaticLayerCache:
         self.state = {name: torch.empty_like(tensor) for name, tensor in filled.state.items()}
         for tensor in (self.lengths, self.k, self.v, *self.state.values()):
             torch._dynamo.mark_static_address(tensor, guard=False)  # else CUDA graphs refuse to write into it
+
+    def remember(self, name: str, value: torch.Tensor):
+        self.state[name].copy_(value)
 
     def append(self, k, v, rows):
         """One decoding step of all rows: k, v (B, n_kv, 1, hd) → all keys, values, and the mask over them.
@@ -137,9 +148,9 @@ class StaticCache:
         for layer, other in zip(self.layers, filled.layers, strict=True):
             layer.lengths.copy_(torch.tensor(other.lengths))
             held = max(other.lengths)
-            for mine, theirs in ((layer.k, other.k), (layer.v, other.v)):
-                mine[:, :, held:] = 0  # the mask hides what was there, but not that it was NaN
+            for kept, new in ((layer.k, other.k), (layer.v, other.v)):
+                kept[:, :, held:] = 0  # the mask hides what was there, but not that it was NaN
                 if held:
-                    mine[:, :, :held] = theirs[:, :, :held]
+                    kept[:, :, :held] = new[:, :, :held]
             for name, tensor in other.state.items():
                 layer.state[name].copy_(tensor)

@@ -2,8 +2,8 @@
 
     <out_dir>/step_0001000/
         config.json, model*.safetensors, tokenizer.json    what any model directory holds
-        optimizer.pt       AdamW's state (tensors only: read with weights_only=True)
-        shard-*.safetensors   instead of these two, where --parallel=fsdp: each rank's share of weights and AdamW's state,
+        optimizer.pt       the optimizer's state (tensors only: read with weights_only=True)
+        shard-*.safetensors   instead of these two, where --parallel=fsdp: each rank's share of weights and optimizer state,
                               by torch.distributed.checkpoint
         ranks.pt           per rank: random generators, and the metrics not yet logged
         state.json         step, tokens, flops, losses, config, data, W&B id, world size
@@ -19,27 +19,25 @@ used. Either kind is resumed on any number of ranks, sharded or not.
 """
 
 import copy
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 
 import lora
 import publish
 from configurator import ConfigError, cli, configure
 from errors import CheckpointError
+from files import append_lines, flush, folder_written_whole, sha256, write_whole
 from model import ModelConfig, Transformer
+from parallel import of_all, rank
 from weights import INDEX, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
@@ -47,53 +45,8 @@ TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what 
 WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
 
 
-def flush(path):
-    """Force a file, or the names in a directory, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-@contextmanager
-def written_whole(path):
-    """Yield an empty directory that becomes `path` when the block ends, and vanishes when the block fails.
-
-    Raises CheckpointError where the disk is full or the files cannot be written; `path` is then as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in [*partial.iterdir(), partial]:
-            flush(file)
-        if path.exists():
-            shutil.rmtree(path)  # rename() replaces no directory that holds files
-        partial.rename(path)
-        flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as e:  # what os, torch.save and safetensors say to a full disk
-        free = shutil.disk_usage(path.parent).free / 1e6  # torch does not say that it is the disk
-        raise CheckpointError(f"cannot write {path}: {e} ({free:.1f} MB free)") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_model(model, directory, tokenizer_dir, state_dict=None):
-    """A model directory: weights (or `state_dict`) and config from the model, the tokenizer from `tokenizer_dir`."""
-    model.save_pretrained(directory, state_dict)
-    copy_tokenizer(tokenizer_dir, directory)
-
-
-def copy_tokenizer(tokenizer_dir, directory):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (Path(tokenizer_dir) / name).exists():
-            shutil.copyfile(Path(tokenizer_dir) / name, Path(directory) / name)
-
-
-def digest(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
 
 
 def steps(run):
@@ -102,77 +55,96 @@ def steps(run):
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def save(out_dir, state, model, optimizer, mine, tokenizer_dir, keep_last, lines=(), group=None):
+def save(out_dir, state, model, optimizer, of_rank, tokenizer_dir, keep_last, lines=(), group=None):
     """Begin to write `<out_dir>/step_{state["step"]:07d}` as everything is now; every rank calls it.
 
-    state: what state.json holds; its "val_loss" is that of this step, or None. mine: this rank's part of ranks.pt, a dict
-    of tensors. lines: of metrics.jsonl, which go first: no checkpoint without the metrics up to it. group: a gloo group
-    of its own where the model is sharded. When the step is there, all but the last `keep_last` and the best are dropped.
-    Returns a future: the path, or CheckpointError with every earlier checkpoint untouched.
+    state: what state.json holds; its "val_loss" is that of this step, or None. of_rank: this rank's part of ranks.pt, a
+    dict of tensors. lines: of metrics.jsonl, which go first: no checkpoint without the metrics up to it. group: a gloo
+    group of its own where the model is sharded. When the step is there, all but the last `keep_last` and the best are
+    dropped. Returns a future: the path, or CheckpointError with every earlier checkpoint untouched.
     """
-    path, partial = (Path(out_dir) / f"step_{state['step']:07d}{end}" for end in ("", ".partial"))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    begun, problem, metrics = ExitStack(), None, Path(out_dir) / "metrics.jsonl"
-    if rank == 0:
+    path = Path(out_dir) / f"step_{state['step']:07d}"
+    partial = path.with_name(path.name + ".partial")
+    begun, problem = ExitStack(), None
+    if rank() == 0:
         try:
-            if lines:
-                append_lines(metrics, lines)
-            if metrics.exists():
-                flush(metrics)
-            begun.enter_context(written_whole(path))
-            if group is not None:
-                model.save_config(partial)
+            write_metrics(Path(out_dir) / "metrics.jsonl", lines)
+            begun.enter_context(folder_written_whole(path))
         except (CheckpointError, OSError) as e:
             problem = str(e)
-    ranks = [(mine, problem)] * world
-    if world > 1:
-        dist.all_gather_object(ranks, (mine, problem))
-    if problem := ranks[0][1]:
+    parts, problems = zip(*of_all((of_rank, problem)), strict=True)
+    if problems[0]:
         future = Future()
-        future.set_exception(CheckpointError(problem))
+        future.set_exception(CheckpointError(problems[0]))
         return future
+    if group is not None:
+        write = sharded_writer(partial, model, optimizer, group)
+    else:
+        write = whole_writer(partial, model, optimizer)
 
-    def finish(write):
+    def finish():
         with begun:  # on the other ranks there is nothing to finish
             write()
-            if rank == 0:
-                torch.save([each for each, _ in ranks], partial / "ranks.pt")
-                (partial / "state.json").write_text(json.dumps(state, indent=1))
-                sums = {file.name: digest(file) for file in sorted(partial.iterdir())}
-                (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
-        if rank == 0:
+            if rank() == 0:
+                copy_tokenizer(tokenizer_dir, partial)
+                torch.save(list(parts), partial / "ranks.pt")
+                write_whole(partial / "state.json", state)
+                sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+                write_whole(partial / "checksums.json", sums)
+        if rank() == 0:
             drop_old(out_dir, keep_last)
         return path
 
-    if group is not None:
-        import torch.distributed.checkpoint as dcp
+    return WRITER.submit(finish)
 
-        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        tensors = named_state(model, optimizer)
-        writing = dcp.async_save(tensors, storage_writer=writer, process_group=group)
 
-        def write():
-            try:
-                writing.result()
-            except dcp.CheckpointException as e:  # a BaseException that holds those of all ranks
-                raise CheckpointError(f"cannot write {path}: {next(iter(e.failures.values()))[0]}") from e
-            if rank == 0:
-                copy_tokenizer(tokenizer_dir, partial)
+def write_metrics(file, lines):
+    """Appends lines that wait in memory, if any, and forces the file to disk."""
+    if lines:
+        append_lines(file, lines)
+    if file.exists():
+        flush(file)
 
-    elif rank == 0:
-        then = copy.copy(model)  # its configuration may change while it is written
-        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.own_state().items()}
-        stored = optimizer.state_dict()
-        for i, tensors in stored["state"].items():
-            stored["state"][i] = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
 
-        def write():
-            write_model(then, partial, tokenizer_dir, weights)
-            torch.save(stored, partial / "optimizer.pt")
+def whole_writer(partial, model, optimizer):
+    """Copies everything to the host's memory; returns the function that writes the copies. Only the main rank writes."""
+    if rank() > 0:
+        return lambda: None
+    then = copy.copy(model)  # its configuration may change while it is written
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.own_state().items()}
+    stored = optimizer.state_dict()
+    for i, entries in stored["state"].items():
+        stored["state"][i] = {k: v.to("cpu", copy=True) if torch.is_tensor(v) else v for k, v in entries.items()}
 
-    else:
-        write = int  # the main rank writes
-    return WRITER.submit(finish, write)
+    def write():
+        then.save_pretrained(partial, weights)
+        torch.save(stored, partial / "optimizer.pt")
+
+    return write
+
+
+def sharded_writer(partial, model, optimizer, group):
+    """The same where each rank holds, and writes, its own part."""
+    import torch.distributed.checkpoint as dcp
+
+    if rank() == 0:
+        model.save_config(partial)
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    writing = dcp.async_save(named_state(model, optimizer), storage_writer=writer, process_group=group)
+
+    def write():
+        try:
+            writing.result()
+        except dcp.CheckpointException as e:  # a BaseException that holds those of all ranks
+            raise CheckpointError(f"cannot write {partial}: {next(iter(e.failures.values()))[0]}") from e
+
+    return write
+
+
+def copy_tokenizer(tokenizer_dir, directory):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (Path(tokenizer_dir) / name).exists():
+            shutil.copyfile(Path(tokenizer_dir) / name, Path(directory) / name)
 
 
 def drop_old(out_dir, keep_last):
@@ -189,8 +161,12 @@ def drop_old(out_dir, keep_last):
             shutil.rmtree(step, ignore_errors=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded checkpoints, by torch.distributed.checkpoint
+
+
 def named_state(model, optimizer):
-    """The tensors of a sharded checkpoint: weights under their names, AdamW's state under exp_avg/<name> and so on."""
+    """The tensors of a sharded checkpoint: weights under their names, the optimizer's under exp_avg/<name> and so on."""
     tensors = dict(model.state_dict())
     for name, p in model.named_parameters():
         tensors |= {f"{key}/{name}": tensor for key, tensor in optimizer.state.get(p, {}).items()}
@@ -201,6 +177,13 @@ def is_sharded(path):
     return any(Path(path).glob("shard-*.safetensors"))
 
 
+def stored_entries(path):
+    """{name: its size and type} of the tensors of a sharded checkpoint."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+
+
 def read_shards(path, tensors):
     """Fill `tensors`, by name, from a sharded checkpoint: whole ones, or a rank's rows of sharded ones."""
     import torch.distributed.checkpoint as dcp
@@ -208,6 +191,10 @@ def read_shards(path, tensors):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on from a checkpoint
 
 
 def load_model(path, shard=None, **config_overrides):
@@ -226,27 +213,38 @@ def load_model(path, shard=None, **config_overrides):
 
 
 def load_optimizer(path, model, optimizer):
-    """Fill AdamW's state from a checkpoint of the same parameters; rates and decay stay what they are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {p: name for name, p in model.named_parameters()}
-    if is_sharded(path):
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
+    """Fill an optimizer's state from a checkpoint of the same parameters; rates and decay stay what they are.
 
-        there = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        there = [p for p in parameters if f"exp_avg/{names[p]}" in there]
-    else:  # memory-mapped: a rank reads its rows
-        stored = torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)["state"]
-        there = [p for i, p in enumerate(parameters) if i in stored]
-    for p in there:
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
-        optimizer.state[p] |= {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    Which entries a parameter's state has, the checkpoint says: those that the optimizer kept when it was written.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if is_sharded(path):
-        read_shards(path, {f"{key}/{names[p]}": t for p in there for key, t in optimizer.state[p].items()})
+        entries = stored_entries(path)
+        kinds = {key.partition("/")[0] for key in entries if "/" in key}
+        for p in parameters:
+            sizes = {kind: entries[f"{kind}/{names[p]}"].size for kind in kinds if f"{kind}/{names[p]}" in entries}
+            optimizer.state[p] = {kind: empty_state(p, size) for kind, size in sizes.items()}
+        places = {f"{kind}/{names[p]}": t for p in parameters for kind, t in optimizer.state[p].items()}
+        read_shards(path, places)
         return
+    # memory-mapped: a rank reads its rows
+    stored = torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)["state"]
     for i, p in enumerate(parameters):
-        for key, tensor in optimizer.state.get(p, {}).items():
-            mine, rows = local_rows(tensor)
-            mine.copy_(stored[i][key] if rows is None else stored[i][key][rows])
+        for kind, value in stored.get(i, {}).items():
+            if torch.is_tensor(value):
+                place = empty_state(p, value.shape)
+                local, rows = local_rows(place)
+                local.copy_(value if rows is None else value[rows])
+                value = place
+            optimizer.state[p][kind] = value
+
+
+def empty_state(p, size) -> torch.Tensor:
+    """Room for an entry of p's state: of p's own shape, and then divided as it is, or a number beside it."""
+    if size == p.shape:
+        return torch.zeros_like(p, requires_grad=False)
+    return torch.zeros(size, device=p.device)
 
 
 def read_state(path):
@@ -268,7 +266,7 @@ def verify(path):
     whole = {"optimizer.pt"} if not any(name.startswith("shard-") for name in sums) else set()
     for name in sorted(NEEDED | whole | set(sums)):
         try:
-            intact = digest(Path(path) / name) == sums.get(name)
+            intact = sha256(Path(path) / name) == sums.get(name)
         except OSError:
             intact = False
         if not intact:
@@ -324,33 +322,24 @@ def rewind(out_dir, step, complete):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     later = [path for path in steps(out_dir) if int(path.name[5:]) > step]
     final = out_dir / "final_model"
-    for path in later + [final] * (final.exists() and bool(later or not complete)):
+    if final.exists() and (later or not complete):
+        later.append(final)
+    for path in later:
         aside = path.with_name(path.name + ".abandoned")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-    path, kept = out_dir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    metrics, kept = out_dir / "metrics.jsonl", []
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:  # torn by a crash
             break
-    partial = path.with_name("metrics.jsonl.partial")
-    partial.write_text("".join(kept))
-    flush(partial)
-    partial.replace(path)
+    write_whole(metrics, "".join(kept))
 
 
-def append_lines(path, lines):
-    """Append `lines` to a file and empty the list. On an OSError the file is as before and the list still full."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, "a") as f:
-            f.writelines(lines)
-    except OSError:
-        os.truncate(path, size)
-        raise
-    lines.clear()
+# ---------------------------------------------------------------------------------------------------------------------
+# A model directory out of a step
 
 
 def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
@@ -360,9 +349,10 @@ def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
     Raises CheckpointError.
     """
     step_dir = Path(step_dir)
-    with written_whole(out_dir) as partial:
+    with folder_written_whole(out_dir) as partial:
         if model is not None:
-            write_model(model, partial, step_dir)
+            model.save_pretrained(partial)
+            copy_tokenizer(step_dir, partial)
         elif is_sharded(step_dir):
             gather(step_dir, partial, shard_size)
         else:
@@ -383,13 +373,11 @@ def gather(step_dir, directory, shard_size):
     """The model directory of a sharded checkpoint; one file of it is in memory at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    stored = HuggingFaceStorageReader(str(step_dir)).read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in stored.items()
-        if "/" not in name  # AdamW's state
+        for name, entry in stored_entries(step_dir).items()
+        if "/" not in name  # the optimizer's state
     }
     split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -398,7 +386,7 @@ def gather(step_dir, directory, shard_size):
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2))
+        write_whole(directory / INDEX, index)
     shutil.copyfile(Path(step_dir) / "config.json", directory / "config.json")
     copy_tokenizer(step_dir, directory)
 

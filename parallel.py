@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from model import DecisionBlock, ModelConfig, STTBlock, broadcast, is_router, layer_class
+from blocks import Precision
+from optimizer import OPTIMIZER_BYTES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One rank among several, or the only one
@@ -90,7 +91,7 @@ def shard(model, device, bf16, offload):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     options = {
         "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
-        "ignored_params": {p for name, p in model.named_parameters() if is_router(name)},
+        "ignored_params": {p for name, p in model.named_parameters() if model.is_router(name)},
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32,
@@ -103,12 +104,9 @@ def shard(model, device, bf16, offload):
     fully_shard(model, **options)  # embedding, last norm and head: whole from forward to backward
     model.to_empty(device="cpu" if offload else device)
     if offload:
-        for layer in model.routed:  # what is not sharded stays with the computation
-            for part in (getattr(layer, "router", None), layer.causal_router):
-                if part is not None:
-                    part.to(device)
-            for name, buffer in layer.named_buffers(recurse=False):
-                setattr(layer, name, buffer.to(device))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if model.is_router(name):  # what is not sharded stays with the computation
+                tensor.data = tensor.data.to(device)
 
 
 def is_sharded(tensor):
@@ -142,61 +140,37 @@ def clip_grad_norm(parameters, max_norm, device):
 # Memory
 
 
-def shares(cfg):
-    """The capacity of every layer, None where it is dense."""
-    values = dict(zip(cfg.routed_layers, broadcast(cfg.capacity, len(cfg.routed_layers)), strict=True))
-    return [values.get(i) for i in range(cfg.num_hidden_layers)]
-
-
-def activations(cfg: ModelConfig, batch, seq_len, bf16, sharded, checkpointing):
-    """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer.
-
-    Numbers of the residual stream take r bytes, those of matrix products e. Autocast casts a product's input anew for each
-    of q, k, v and of gate and up. CUDA's fused RMSNorm keeps a little less than is counted here.
-    """
-    d, kv, f = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
-    e = 2 if bf16 else 4
-    r = 2 if bf16 and sharded else 4  # autocast leaves the residual stream in float32
-    casts = 2 if bf16 and not sharded else 1
-    block = 4 * r * d  # input and middle of the block, each also normalised
-    # products: of q k v, gate up; q, y; k v; MLP
-    block += e * ((1.5 * casts - 0.5) * d + casts * d + 2 * d + 2 * kv + 4 * f)
-    predicted = e * ((1 + casts) * d + 5 * cfg.prior_width)  # the distance to the guess, the guess's network
-    layers = []
-    for i, share in zip(range(cfg.num_hidden_layers), shares(cfg), strict=True):
-        if share is None:
-            layers.append(block + (predicted if layer_class(cfg, i) is DecisionBlock else 0))
-            continue
-        layers.append(r * d + share * (block + r * d + 8 * d))  # for the router; the gated update, the indices
-        if layer_class(cfg, i) is STTBlock:
-            layers[-1] = block + r * d + predicted + (layers[-1] if cfg.stt_output == "sparse" else 0)
+def activations(model, batch: int, seq_len: int, bf16: bool, sharded: bool, checkpointing: bool) -> float:
+    """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
+    autocast = bf16 and not sharded  # which casts every product's input, and leaves the residual stream in float32
+    precision = Precision(2 if bf16 else 4, 2 if bf16 and sharded else 4, 2 if autocast else 1)
+    layers = [layer.activations(precision) for layer in model.model.layers]
     if checkpointing:
-        return batch * seq_len * (len(layers) * r * d + max(layers))
+        return batch * seq_len * (len(layers) * precision.residual * model.config.hidden_size + max(layers))
     return batch * seq_len * sum(layers)
 
 
-def memory(model, cfg, world, micro_steps, bf16):
-    """Estimated bytes that one rank holds at the peak of a training step, by what holds them: a dict."""
+def memory(model, cfg, micro_steps: int, bf16: bool) -> dict[str, float]:
+    """Estimated bytes that one rank holds at the peak of a training step, by what holds them."""
     sharded = cfg.parallel == "fsdp"
     n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ends = n - sum(p.numel() for p in model.model.layers.parameters())  # embedding, head, last norm
-    block = (n - ends) / len(model.model.layers)
-    share = (0 if cfg.offload else 1 / world) if sharded else 1
-    e = 2 if bf16 else 4
+    in_layers = sum(p.numel() for p in model.model.layers.parameters())
+    ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
+    share = 1.0
     if sharded:
-        working = e * (ends + 2 * block)  # gathered: the one that runs and the next
+        share = 0.0 if cfg.offload else 1 / world()
+        working = (2 if bf16 else 4) * (ends + 2 * block)  # gathered: the one that runs and the next
     else:
         working = 2 * n if bf16 else 0  # autocast's copies
     # Between two exchanges of gradients a sharded model's are whole on every rank.
-    grads = 4 * trained * (1 if sharded and micro_steps > 1 else share)
-    model_cfg = model.config
-    logits = min(cfg.batch_size * cfg.seq_len * model_cfg.vocab_size, 1 << 27)  # of a chunk: kernels.py
+    gradients = 4 * trained * (1 if sharded and micro_steps > 1 else share)
+    vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size
+    logits = min(cfg.batch_size * cfg.seq_len * vocab_size, 1 << 27)  # of a chunk: kernels.py
     return {
         "weights": 4 * n * share + working,
-        "gradients": grads,
-        "optimizer": 8 * trained * share,
-        "activations": activations(model_cfg, cfg.batch_size, cfg.seq_len, bf16, sharded, cfg.gradient_checkpointing),
-        "loss": 4 * model_cfg.vocab_size * model_cfg.hidden_size
-        + 3 * 4 * logits,  # it knows the head's gradient at once
+        "gradients": gradients,
+        "optimizer": OPTIMIZER_BYTES * trained * share,
+        "activations": activations(model, cfg.batch_size, cfg.seq_len, bf16, sharded, cfg.gradient_checkpointing),
+        "loss": 4 * vocab_size * hidden_size + 3 * 4 * logits,  # it knows the head's gradient at once
     }

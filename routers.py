@@ -112,6 +112,8 @@ def surprise_gate(d_st, d_ch, beta_ce, beta_cu, o_ce, m_cu, window: int):
 class SurpriseRouter(nn.Module):
     """The four learnable scalars of one routed layer's surprise gate."""
 
+    initial = SURPRISE_INIT
+
     def __init__(self):
         super().__init__()
         for name in SURPRISE_INIT:
@@ -156,9 +158,9 @@ def causal_logits(x, weight, bias, previous=None):
     previous: (B,) that number, or None at the start of a sequence.
     Returns (logits (B, T) float32, the number of every token (B, T) for the next call).
     """
-    now, before = float32_linear(x, weight.view(2, -1)).unbind(-1)  # (B, T) each
-    shifted = shift(before) if previous is None else previous[:, None]
-    return now + shifted + bias.float(), before
+    of_token, for_next = float32_linear(x, weight.view(2, -1)).unbind(-1)  # (B, T) each
+    of_previous = shift(for_next) if previous is None else previous[:, None]
+    return of_token + of_previous + bias.float(), for_next
 
 
 def straight_through(gate: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,15 @@ Nothing in a directory is executed, and no path from an index leaves it.
 """
 
 import json
+import math
 import os
 import re
 from functools import partial
 
 import torch
 
-from errors import ModelError
+from errors import ModelError, first_line
+from files import replacing, write_whole
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor of a model in several
 
@@ -29,8 +31,7 @@ def find_model(name: str) -> str:
     try:
         return snapshot_download(hub_id, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot fetch {name} from the hub: {reason}") from None
+        raise ModelError(f"cannot fetch {name} from the hub: {first_line(error)}") from None
 
 
 def weight_paths(directory: str) -> list[str]:
@@ -56,30 +57,68 @@ def weight_paths(directory: str) -> list[str]:
     return [os.path.join(directory, shard) for shard in shards]
 
 
-def weight_files(directory: str):
-    """Yields every tensor of a safetensors checkpoint, single or sharded: its name, shape, and a function that reads it.
+def stored_tensors(path: str):
+    """Yields every tensor of a safetensors file: its name, shape, and a function that reads it.
 
     The function takes the rows to read, a slice; None for all. It opens the file anew: what a file has once mapped would
-    stay in this process's memory, the checkpoint a second time. Raises ModelError for files that are missing, damaged or
-    no safetensors.
+    stay in this process's memory, the checkpoint a second time. Raises ModelError for a file that is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    for path in weight_paths(directory):
+    def read(name, rows):
+        with safe_open(path, framework="pt") as f:
+            return f.get_tensor(name) if rows is None else f.get_slice(name)[rows]
 
-        def read(name, rows, path=path):
-            with safe_open(path, framework="pt") as f:
-                return f.get_tensor(name) if rows is None else f.get_slice(name)[rows]
+    try:
+        with safe_open(path, framework="pt") as f:
+            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no dict)
+    except FileNotFoundError:
+        indexed = os.path.exists(os.path.join(os.path.dirname(path), INDEX))
+        raise ModelError(f"{path} is missing" + f", though {INDEX} names it" * indexed) from None
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged: {error}") from None
+    for name, shape in shapes.items():
+        yield name, shape, partial(read, name)
 
-        try:
-            with safe_open(path, framework="pt") as f:
-                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no dict)
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing, though {INDEX} names it") from None
-        except SafetensorError as error:
-            raise ModelError(f"{path} is damaged: {error}") from None
-        for name, shape in shapes.items():
-            yield name, shape, partial(read, name)
+
+def open_tensors(directory: str, paths: list[str], expected: dict[str, tuple], ignored=()) -> dict:
+    """{name: the function that reads it} of all tensors in safetensors files, but the ignored.
+
+    expected: {name: shape} of those that have a place. Raises ModelError for one that has none, or another shape.
+    """
+    readers = {}
+    for path in paths:
+        for name, shape, read in stored_tensors(path):
+            if name in ignored:
+                continue
+            if name not in expected:
+                raise ModelError(f"{directory}: unknown tensor {name}, which has no place in this architecture")
+            if shape != expected[name]:
+                raise ModelError(f"{directory}: {name} has shape {shape}, {expected[name]} is expected")
+            if name in readers:
+                raise ModelError(f"{directory}: tensor {name} is in two files")
+            readers[name] = read
+    return readers
+
+
+def refuse_missing(directory: str, names):
+    """Raises ModelError that names the first of `names`, tensors that no file holds."""
+    if names:
+        raise ModelError(f"{directory}: missing tensors {', '.join(sorted(names)[:5])}" + " …" * (len(names) > 5))
+
+
+@torch.no_grad()
+def fill(places: dict[str, torch.Tensor], readers: dict):
+    """Reads each tensor into its place, this rank's rows of it, 16 MB at a time."""
+    for name, read in readers.items():
+        local, rows = local_rows(places[name])
+        if local.ndim == 0:
+            local.copy_(read(None))
+            continue
+        first, piece = rows.start if rows else 0, max(1, 2**22 // math.prod(local.shape[1:]))
+        for start in range(0, local.size(0), piece):
+            part = local[start : start + piece]
+            part.copy_(read(slice(first + start, first + start + part.size(0))))
 
 
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice | None]:
@@ -104,26 +143,8 @@ def write_weights(directory: str, tensors: dict[str, torch.Tensor], shard_size: 
     written = set(split.filename_to_tensors)
     if split.is_sharded:
         written.add(INDEX)
-        with replacing(os.path.join(directory, INDEX)) as temporary, open(temporary, "w") as f:
-            json.dump({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, f, indent=2)
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_whole(os.path.join(directory, INDEX), index)
     for name in sorted(os.listdir(directory), reverse=True):  # the index before the files that it names
         if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) and name not in written:
             os.remove(os.path.join(directory, name))
-
-
-class replacing:
-    """`with replacing(path) as temporary:` the file written under the temporary name takes its place when complete."""
-
-    def __init__(self, path: str):
-        self.path, self.temporary = path, f"{path}.partial"
-
-    def __enter__(self) -> str:
-        return self.temporary
-
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
-            with open(self.temporary, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(self.temporary, self.path)
-        elif os.path.exists(self.temporary):
-            os.remove(self.temporary)

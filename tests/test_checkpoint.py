@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError
+from errors import CheckpointError
 from model import ModelConfig, Transformer
 
 # What a model card says of a run.

@@ -114,9 +114,9 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
     """Attention among the selected tokens only, in their order, at their own positions; x + gate · Δ on them, x elsewhere."""
     model, ids = small_model(architecture), random_ids(2, 60)
     layer, seen = model.model.layers[3], {}
-    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0], said=out[1]))
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0], notes=out[1]))
     model(ids, routing=routing)
-    mask = seen["said"].tokens["mask"]
+    mask = seen["notes"].decision.mask
     assert mask.any() and not mask.all()
     for row in range(2):
         x, y, indices = seen["x"][row], seen["y"][row], mask[row].nonzero()[:, 0]
@@ -124,7 +124,7 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
         if architecture == "mod":
             gate = torch.sigmoid(x @ layer.router.weight[0])[indices, None]
         elif architecture == "dtf":
-            gate = seen["said"].tokens["G"][row][indices, None]
+            gate = seen["notes"].tokens["G"][row][indices, None]
         expected = x.clone()
         expected[indices] += gate * brute_force_update(layer, x, indices, model.config.rope_theta)
         assert relative_error(y, expected) <= 1e-5

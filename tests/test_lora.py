@@ -19,8 +19,8 @@ import checkpoint
 import kernels
 import lora
 import train
-from configurator import ConfigError
-from model import ModelError, Transformer, is_routed_part
+from errors import ConfigError, ModelError
+from model import Transformer
 
 PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
@@ -52,7 +52,7 @@ def test_saved_loaded_and_merged_logits_are_equal(architecture, tmp_path):
     wrapped = {name.removesuffix(".base_layer") for name, m in model.named_modules() if name.endswith(".base_layer")}
     assert wrapped == {f"model.layers.{i}.{p}" for i in range(5) for p in PROJECTIONS}
     for name, p in model.named_parameters():
-        assert p.requires_grad == ("lora_" in name or is_routed_part(name)), name
+        assert p.requires_grad == ("lora_" in name or model.is_routed_part(name)), name
 
     model.save_pretrained(tmp_path / "adapter")
     files = {"config.json", "adapter_config.json", "adapter_model.safetensors"}
@@ -100,7 +100,7 @@ def test_gradients(tmp_path):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients(model.model)
-    assert set(expected) == {n for n, p in model.named_parameters() if "lora_" in n or is_routed_part(n)}
+    assert set(expected) == {n for n, p in model.named_parameters() if "lora_" in n or model.is_routed_part(n)}
     assert all(p.grad is None for n, p in model.named_parameters() if ".base_layer." in n or "layernorm" in n)
     assert model.head_weight.grad is None
     model.gradient_checkpointing = True

@@ -19,7 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from model import SIZES, ModelConfig, ModelError, Transformer, sample
+from blocks import Predictor
+from errors import ModelError
+from generation import sample
+from model import SIZES, ModelConfig, Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward pass
@@ -147,14 +150,14 @@ def test_gates_scale_the_update_only(architecture):
     ids = random_ids(1, 20)
     seen = {}
     hook = model.model.layers[1].register_forward_hook(
-        lambda layer, inputs, output: seen.update(x=inputs[0], y=output[0], said=output[1])
+        lambda layer, inputs, output: seen.update(x=inputs[0], y=output[0], notes=output[1])
     )
     for gate in ("soft", "straight_through"):
         model.model.layers[1].gate = gate
         model(ids)
         seen[gate] = seen["y"] - seen["x"]
     hook.remove()
-    score, mask = seen["said"].tokens["score"], seen["said"].tokens["mask"]
+    score, mask = seen["notes"].tokens["score"], seen["notes"].decision.mask
     gate = torch.sigmoid(score) if architecture == "mod" else score
     torch.testing.assert_close(seen["soft"], seen["straight_through"] * gate[..., None], rtol=1e-4, atol=1e-5)
     assert seen["straight_through"][~mask].abs().max() == 0
@@ -380,7 +383,7 @@ def test_compiling_without_a_compiler_is_refused(what, monkeypatch):
 def test_compiled_generation_survives_what_models_go_through(monkeypatch, device):
     """Copies with weights of their own, weights that were NaN, inference mode first, another type of the weights."""
     monkeypatch.setattr(
-        "model.compiled_step", lambda cuda: torch.compile(Transformer.step, fullgraph=True, backend="eager")
+        "generation.compiled_step", lambda cuda: torch.compile(Transformer.step, fullgraph=True, backend="eager")
     )
     model, ids = small_model("dtf"), random_ids(2, 9)
     model.decodes_compiled = True
@@ -412,7 +415,7 @@ def test_beyond_the_compilers_limit_steps_run_uncompiled(monkeypatch, caplog):
     expected = [model.generate(ids, 12) for ids in batches]
     torch._dynamo.reset()
     step = torch.compile(Transformer.step, backend="eager")
-    monkeypatch.setattr("model.compiled_step", lambda cuda: step)
+    monkeypatch.setattr("generation.compiled_step", lambda cuda: step)
     model.decodes_compiled = True
     with torch._dynamo.config.patch(recompile_limit=2):
         assert all(torch.equal(model.generate(ids, 12), want) for ids, want in zip(batches, expected, strict=True))
@@ -653,8 +656,8 @@ def test_thresholds_average_the_kth_score():
 
 
 def test_scheduled_betas_are_what_the_gate_uses():
-    model = small_model("dtf")
-    model.set_betas(0.8, 1.7)
+    model = small_model("dtf", beta_schedule="cosine", beta_ce_range=(1.2, 0.4), beta_cu_range=(1.7, 1.7))
+    model.schedule(0.5)  # half-way down the cosine
     stats = model(random_ids(1, 10)).stats
     assert stats["beta_ce"].item() == pytest.approx(0.8, rel=1e-5)
     assert stats["layer_3/beta_cu"].item() == pytest.approx(1.7, rel=1e-5)
@@ -710,7 +713,7 @@ def test_published_parameter_counts(size):
         with torch.device("meta"):
             model = Transformer(config)
         d, routed = config.hidden_size, len(config.routed_layers)
-        predictor = 3 * d * config.prior_width + d
+        predictor = 3 * d * Predictor.width(config) + d
         extra = {"dense": 0, "mod": d, "dtf": 4 + predictor, "stt": 4 + predictor}[architecture]
         extra += 0 if architecture == "dense" else 2 * d + 1
         assert sum(p.numel() for p in model.parameters()) == PUBLISHED[size] + routed * extra

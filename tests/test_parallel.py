@@ -15,8 +15,8 @@ from test_train import ARCHITECTURES, VOCAB, common, data, without_clock  # noqa
 import checkpoint
 import parallel
 import train
-from checkpoint import CheckpointError
-from model import ModelConfig, ModelError, Transformer
+from errors import CheckpointError, ConfigError, ModelError
+from model import ModelConfig, Transformer
 
 STEPS = ["--grad_accum_steps=4", "--max_steps=20", "--log_interval=1", "--eval_interval=10", "--save_interval=0"]
 JOB = """
@@ -198,9 +198,9 @@ def test_a_sharded_step_is_exported_a_file_at_a_time(runs, tmp_path):
 
 
 def test_sharding_needs_ranks(data, tmp_path):  # noqa: F811
-    with pytest.raises(train.ConfigError, match="start it with torchrun, or set --parallel=ddp"):
+    with pytest.raises(ConfigError, match="start it with torchrun, or set --parallel=ddp"):
         train.main([*common(data), "--parallel=fsdp", f"--out_dir={tmp_path}"])
-    with pytest.raises(train.ConfigError, match="parallel='zero' is not one of ddp, fsdp; offload=True needs parallel"):
+    with pytest.raises(ConfigError, match="parallel='zero' is not one of ddp, fsdp; offload=True needs parallel"):
         train.TrainConfig(parallel="zero", offload=True)
 
 
@@ -236,5 +236,5 @@ def test_activations_are_what_autograd_keeps(architecture, bf16):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         model.model(torch.randint(0, 64, (4, 256)))
     saved = sum(size for size, _ in storages.values())
-    estimate = parallel.activations(cfg, 4, 256, bf16, sharded=False, checkpointing=False)
+    estimate = parallel.activations(model, 4, 256, bf16, sharded=False, checkpointing=False)
     assert estimate == pytest.approx(saved, rel=0.06)

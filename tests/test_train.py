@@ -26,7 +26,11 @@ import prepare
 import train
 from configurator import ConfigError, configure
 from data import TokenData
-from model import ModelConfig, ModelError, Transformer
+from device import peak_flops
+from errors import CheckpointError, ModelError, TrainError
+from metrics import spikes
+from model import ModelConfig, Transformer
+from optimizer import lr_scale, param_groups
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
 VOCAB, SEQ_LEN = 64, 32
@@ -127,13 +131,13 @@ def mean_loss(model, batch, routing):
 
 
 def test_schedule():
-    scale = [train.lr_scale(step, 100, 0.1, 0.2) for step in range(101)]
+    scale = [lr_scale(step, 100, 0.1, 0.2) for step in range(101)]
     assert scale[0] == 0.1 and scale[4] == 0.5 and scale[9] == scale[10] == 1  # linear warm-up over 10 steps
     assert scale[55] == pytest.approx(0.6)  # half-way down the cosine: the mean of 1 and 0.2
     assert scale[100] == pytest.approx(0.2) and sorted(scale[10:], reverse=True) == scale[10:]
-    assert train.lr_scale(0, 0, 0.1, 0.2) == 1 and train.lr_scale(3, 5, 0, 0.2) < 1
-    assert [train.lr_scale(step, 4, 1, 0.2) for step in range(4)] == [0.25, 0.5, 0.75, 1]  # warm-up as long as the run
-    assert train.lr_scale(4, 4, 1, 0.2) == 1
+    assert lr_scale(0, 0, 0.1, 0.2) == 1 and lr_scale(3, 5, 0, 0.2) < 1
+    assert [lr_scale(step, 4, 1, 0.2) for step in range(4)] == [0.25, 0.5, 0.75, 1]  # warm-up as long as the run
+    assert lr_scale(4, 4, 1, 0.2) == 1
 
 
 def test_annealed_capacity():
@@ -146,7 +150,7 @@ def test_annealed_capacity():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_is_in_one_group_and_learns(architecture, start, runs):
     model = Transformer.from_pretrained(start / architecture)
-    groups = train.param_groups(model, train.TrainConfig())
+    groups = param_groups(model, train.TrainConfig())
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     where = {id(p): group for group in groups for p in group["params"]}
@@ -399,11 +403,11 @@ def test_a_step_that_is_not_finite_leaves_the_average_thresholds(data, tmp_path,
 def test_a_spike_is_a_loss_beyond_six_deviations():
     recent = deque([2.0, 2.2] * 10, maxlen=100)  # mean 2.1, deviation 0.1
     table = [[2.69, 0.5, 0.0], [4.0, 0.5, 0.0], [math.nan, 0.5, 1.0], [2.1, 0.5, 0.0]]
-    found = train.spikes(table, 44, recent, 8)
+    found = spikes(table, 44, recent, 8)
     assert [spike["step"] for spike in found] == [42, 43] and found[0]["sequences"] == [328, 335]
     assert found[0]["loss"] == 4.0 and found[1]["loss"] is None
     assert list(recent)[-3:] == [2.69, 4.0, 2.1]
-    assert train.spikes([[1e9, 1.0, 0.0]], 1, deque([1.0] * 19), 8) == []  # too early to tell
+    assert spikes([[1e9, 1.0, 0.0]], 1, deque([1.0] * 19), 8) == []  # too early to tell
 
 
 def test_out_of_memory_names_the_flags(data, start, tmp_path, monkeypatch, capsys):
@@ -437,7 +441,7 @@ def test_a_small_disk_that_is_really_full(runs, data, start, tmp_path, capsys):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         arguments = [*common(data), f"--init_from={start / 'dtf'}", f"--out_dir={disk / 'run'}", "--keep_last=1"]
-        with pytest.raises(train.CheckpointError, match="step 9 is not saved in .*: make room"):
+        with pytest.raises(CheckpointError, match="step 9 is not saved in .*: make room"):
             train.main(arguments)
         err = capsys.readouterr().err
         assert "warning: step 8 is not saved" in err and "(0.0 MB free)" in err
@@ -452,7 +456,7 @@ def test_a_small_disk_that_is_really_full(runs, data, start, tmp_path, capsys):
 def test_too_many_bad_steps_end_the_run(data, start, tmp_path, monkeypatch):
     poison(monkeypatch, range(2, 99), math.nan)
     arguments = [*common(data), f"--init_from={start / 'mod'}", f"--out_dir={tmp_path}", "--max_steps=60"]
-    with pytest.raises(train.TrainError, match="no finite loss and gradient in 5 steps .*step_0000009"):
+    with pytest.raises(TrainError, match="no finite loss and gradient in 5 steps .*step_0000009"):
         train.main([*arguments, "--max_bad_steps=5", "--keep_last=9"])
     states = [Transformer.from_pretrained(tmp_path / f"step_000000{n}").state_dict() for n in (4, 9)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # those before the poison
@@ -480,7 +484,7 @@ def test_a_full_disk_is_not_the_end(runs, data, start, tmp_path, monkeypatch, ca
     limits[:] = [soft, soft, soft, 500]
     monkeypatch.setattr(train, "evaluate", limiting)
     try:
-        with pytest.raises(train.CheckpointError, match="step 9 is not saved in .*: make room"):
+        with pytest.raises(CheckpointError, match="step 9 is not saved in .*: make room"):
             train.main([*common(data), f"--init_from={start / 'stt'}", f"--out_dir={tmp_path / 'full'}"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -644,7 +648,7 @@ def test_a_resumed_run_takes_keys_that_need_others_of_it(runs, tmp_path):
 def test_peak_flops_are_of_the_named_device_or_none(monkeypatch):
     def peak(name, bf16=True):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        return train.peak_flops(torch.device("cuda"), bf16)
+        return peak_flops(torch.device("cuda"), bf16)
 
     assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("NVIDIA A10G") == 70e12 and peak("NVIDIA A10") == 125e12

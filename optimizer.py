@@ -1,0 +1,76 @@
+"""The optimizer: which one, what learns at which rate, and a step that a bad gradient does not take.
+
+Another optimizer is another line in `make_optimizer`; checkpoints hold whatever state it keeps.
+"""
+
+import math
+
+import torch
+
+from errors import ConfigError
+
+OPTIMIZER_BYTES = 8  # of state for each number that is trained
+
+
+def make_optimizer(model, cfg) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups(model, cfg), lr=cfg.lr_base, betas=(0.9, 0.95), fused=True)
+
+
+def peak_rates(cfg) -> dict[str, float]:
+    """The learning rate of each group, before warm-up and decay."""
+    return {
+        "base": cfg.lr_base,
+        "prior": cfg.lr_prior,
+        "router": cfg.lr_router,
+        "causal_router": cfg.lr_causal_router,
+        "lora": cfg.lr_lora,
+    }
+
+
+def param_groups(model, cfg) -> list[dict]:
+    """Every trainable parameter in exactly one group: by what its layer says, and decayed if it is a matrix.
+
+    Raises ConfigError for a group that has no rate.
+    """
+    rates, groups = peak_rates(cfg), {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        kind, matrix = model.rate_group(name), p.ndim >= 2
+        if kind not in rates:
+            raise ConfigError(
+                f"{name} is in the group {kind!r}: `parts` of its layer must name one of {', '.join(rates)}"
+            )
+        new = {"name": kind, "peak": rates[kind], "params": [], "weight_decay": cfg.weight_decay if matrix else 0.0}
+        groups.setdefault((kind, matrix), new)["params"].append(p)
+    return list(groups.values())
+
+
+def lr_scale(step: int, max_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """Share of the peak rate at `step` (0-based): linear warm-up, then a cosine down to min_lr_ratio."""
+    warmup = int(warmup_ratio * max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rates(optimizer, scale: float) -> dict[str, float]:
+    """Sets every group to `scale` times its peak; {group: rate} as they are now."""
+    for group in optimizer.param_groups:
+        group["lr"] = scale * group["peak"]
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def step_unless(bad: torch.Tensor, optimizer):
+    """One step, or none where `bad`, a scalar, is not 0: then weights and state stay as they are.
+
+    Fused optimizers read it on the device, so that the host need not wait to know (as torch's GradScaler does); for any
+    other the host reads it, and so on MPS, where releases of torch before 2.12 ignore it.
+    """
+    kind = optimizer.param_groups[0]["params"][0].device
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and kind.type != "mps":
+        optimizer.found_inf = bad.to(kind)
+        optimizer.step()
+    elif not bad.item():
+        optimizer.step()
