@@ -39,7 +39,7 @@ def layer_data(traced: Trace, layer: int) -> dict:
     columns = {name: numbers(values[name]) for name in COLUMNS if name in values}
     if "G" in columns:
         columns.pop("score", None)  # it is G
-    return {"index": layer, "mask": mask, "rule": traced.rules.get(layer, "")} | columns
+    return {"index": layer, "mask": mask, "rule": traced.rules[layer]} | columns
 
 
 def facts(config, traced: Trace) -> str:
@@ -47,14 +47,14 @@ def facts(config, traced: Trace) -> str:
     count, routed = len(traced.loss), len(traced.masks)
     sentence = f"{config.architecture}, {config.num_hidden_layers} blocks, {routed} of them routed"
     if routed:
-        capacities = config.capacity if isinstance(config.capacity, list | tuple) else [config.capacity]
-        trained = " ".join(f"{capacity:g}" for capacity in capacities)
+        capacities = [f"{capacity:g}" for capacity in config.capacities]
+        trained = capacities[0] if len(set(capacities)) == 1 else " ".join(capacities)
         sentence += f" (trained at capacity {trained}, {sum(traced.entered) / (routed * count):.0%} taken here)"
     sentence += f"; {count:,} tokens"
     loss = traced.loss[~traced.loss.isnan()]
     if len(loss):
         sentence += f", mean loss {loss.mean():.3f} nats"
-    if config.architecture == "stt":
+    if not config.kind.scores_causally:
         sentence += ". S_CE, S_CU and G are the training pass's: inference computes none"
     return sentence
 

@@ -328,7 +328,7 @@ def selection_of(folder: str, cfg: PlotConfig) -> Selection:
     in_training = torch.bincount(train.batch(0, 1024)[0].flatten(), minlength=train.vocab_size)  # of 1024 sequences
     return Selection(
         layers=layers,
-        capacities=np.broadcast_to(model.config.capacity, len(layers)),
+        capacities=model.config.capacities,
         masks=torch.cat(masks, 1).numpy(),
         loss=torch.cat(losses).numpy(),
         kinds=np.concatenate(kinds),

@@ -145,8 +145,7 @@ def main(argv: list[str]):
             print("-" * 80)
         if cfg.show_routing and blocks:
             print(paint(texts[n], traces[n].entered, blocks, terminal))
-            if traces[n].rules:
-                print(decisions(traces[n]))
+            print(decisions(traces[n]))
         elif not cfg.text:
             print("".join(texts[n]).translate(PICTURES) if terminal else "".join(texts[n]))
     if speed:

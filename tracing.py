@@ -48,18 +48,17 @@ def trace_window(model, ids: torch.Tensor, size: int, new: int) -> Trace:
     ids = ids.to(model.head_weight.device)
     window, targets = ids[None, :size], ids[1:]
     out = model(window, routing="causal", return_masks=True)
-    if model.config.architecture == "stt":
+    if not model.config.kind.scores_causally:
         training = model(window, routing="topk", return_masks=True)
         for layer, values in training.tokens.items():
-            out.tokens[layer] |= {name: values[name] for name in ("S_CE", "S_CU", "G")}
+            out.tokens[layer] = values | out.tokens[layer]
     loss = F.cross_entropy(out.logits[0, : len(targets)].float(), targets, reduction="none")
     loss = F.pad(loss, (0, window.size(1) - len(targets)), value=torch.nan)
     masks = {layer: mask[0, new:].cpu() for layer, mask in out.masks.items()}
     tokens = {}
     for layer, values in out.tokens.items():
         tokens[layer] = {name: value[0, new:].cpu() for name, value in values.items()}
-    rules = getattr(out, "rules", None) or {}
-    return Trace(masks, tokens, rules, loss[new:].cpu())
+    return Trace(masks, tokens, out.rules, loss[new:].cpu())
 
 
 def joined(windows: list[Trace]) -> Trace:

@@ -143,6 +143,8 @@ def test_trace_is_the_causal_forward(architecture):
     assert seen.entered == [sum(int(m[0, t]) for m in out.masks.values()) for t in range(30)]
     for i in out.masks:
         assert torch.equal(seen.tokens[i]["causal_probability"], out.tokens[i]["causal_probability"][0])
+        assert torch.equal(seen.tokens[i]["margin"], out.tokens[i]["margin"][0])
+        assert torch.equal(seen.tokens[i]["margin"] > 0, seen.masks[i]) and seen.rules[i] == "causal router"
         if architecture != "mod":
             source = surprise if architecture == "stt" else out.tokens
             for name in ("S_CE", "S_CU", "G"):
@@ -253,7 +255,8 @@ def test_page_holds_the_trace_and_runs_its_own_script_only():
     assert data["loss"][:-1] == pytest.approx(seen.loss[:-1].tolist(), abs=1e-4)
     for layer in data["layers"]:
         assert layer["mask"] == "".join("01"[int(m)] for m in seen.masks[layer["index"]])
-        for name in ("S_CE", "S_CU", "G", "causal_probability"):
+        assert layer["rule"] == "causal router"
+        for name in ("margin", "S_CE", "S_CU", "G", "causal_probability"):
             assert layer[name] == pytest.approx(seen.tokens[layer["index"]][name].tolist(), abs=1e-4)
 
 
@@ -318,6 +321,27 @@ def test_script_looks_at_a_file(tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         logits = model(torch.tensor([ids[:50]]), routing="causal").logits[0, 0]
     assert first == pytest.approx(-logits.log_softmax(-1)[ids[1]].item(), abs=1e-3) and not math.isnan(first)
+
+
+def test_script_names_the_rule_and_how_narrow_it_was(tmp_path, monkeypatch, capsys):
+    model = small_model("mod", vocab_size=VOCABULARY, causal_decision="threshold")
+    for layer in model.config.routed_layers:
+        model.model.layers[layer].threshold.fill_(0.1)
+    model.save_pretrained(str(tmp_path))
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    keys = [f"--model_path={tmp_path}", f"--text={tmp_path}/text.txt", "--show_routing", f"--png={tmp_path}/map.png"]
+    status, out, _ = run(monkeypatch, capsys, *keys)
+    with torch.no_grad():
+        tokens = model(torch.tensor([TOKENIZER.encode(TEXT).ids]), routing="causal", return_masks=True).tokens
+    expected = ["decided by the average threshold"]
+    for layer, values in tokens.items():
+        margin = values["score"][0] - 0.1
+        share, median = (margin > 0).float().mean(), margin.abs().median()
+        expected.append(f"layer {layer}: {share:.0%} entered, median |margin| {median:.3f}")
+    *_, legend, first, second, third, picture, end = out.split("\n")
+    assert status == 0 and "routed blocks entered, of 2" in legend and [first, second, third] == expected
+    assert picture.startswith("token × layer map") and end == ""
 
 
 def test_script_on_a_dense_model_says_that_it_routes_nothing(tmp_path, monkeypatch, capsys):
