@@ -12,7 +12,6 @@ import math
 import os
 import re
 import statistics
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,37 +19,32 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from checkpoint import CheckpointError
-from configurator import ConfigError, cli, configure
+from configurator import Count, cli, configure, problems
 from data import TokenData
-from sample import (
-    COLOURS,
-    STYLE,
-    SampleConfig,
-    continuations,
-    encode,
-    open_model,
-    routing_map,
-    save_figure,
-    token_texts,
-    trace,
-    visible,
-)
-from weights import replacing
+from device import device_name
+from errors import CheckpointError, ConfigError
+from figures import COLOURS, STYLE, colours, label_ends, routing_map, save_figure
+from files import write_whole
+from measure import cached, decode_speeds
+from tables import markdown_table, print_table, si
+from tracing import trace
+from trained import continuations, encode, open_model, token_texts, visible
 
 
 @dataclass
 class PlotConfig:
     runs: list[str] = field(default_factory=list)  # run folders; the word `report` or `routing` before them as above
     out: str = ""  # folder for what is written (empty: the folder that holds all runs; the run itself for one)
-    sequences: int = 64  # report, routing: validation sequences to measure on
-    prompt: str = SampleConfig.prompt  # report: text that every model continues
+    sequences: Count = 64  # report, routing: validation sequences to measure on
+    prompt: str = "def main("  # report: text that every model continues
     device: str = "auto"  # report, routing: auto, cuda, mps or cpu
 
     def __post_init__(self):
-        if self.sequences < 1:
-            raise ConfigError(f"sequences={self.sequences} must be at least 1")
+        if found := problems(self):
+            raise ConfigError("; ".join(found))
 
+
+SEED = 42  # of the report's samples
 
 SIGNALS = {
     "S_CE": "S_CE, expected change",
@@ -85,30 +79,8 @@ def read_metrics(run: str) -> dict[str, tuple[list[int], list[float]]]:
     return metrics
 
 
-def label_ends(ax, ends: list[tuple[float, str, str]], gap: float):
-    """Writes (y, label, colour) behind the right end of the curves: as near to y as can be (least squares), but at least
-    `gap` of the axis apart and inside it.
-    """
-    low, high = ax.get_ylim()
-    ends = sorted(((y - low) / (high - low), label, colour) for y, label, colour in ends if math.isfinite(y))
-    stacks = []  # [mean of y − i·gap, labels]: isotonic regression, by pooling neighbours that are out of order
-    for i, (y, _, _) in enumerate(ends):
-        stacks.append((y - i * gap, 1))
-        while len(stacks) > 1 and stacks[-2][0] > stacks[-1][0]:
-            (a, n), (b, m) = stacks[-2:]
-            stacks[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    places = [mean for mean, n in stacks for _ in range(n)]
-    for i, (place, (_, label, colour)) in enumerate(zip(places, ends, strict=True)):
-        y = min(max(place, 0), 1 - (len(ends) - 1) * gap) + i * gap
-        ax.text(1.02, y, label, color=colour, transform=ax.transAxes, va="center", fontsize=8.5)
-
-
-def colours(runs) -> list[str]:
-    return [COLOURS[n % len(COLOURS)] for n in range(len(runs))]
-
-
 def curves(runs: dict[str, dict]):
-    """Figure of {run: its metrics}: losses above; below, where there are any, what the routers said."""
+    """Figure of {run: its metrics}: losses above; below, where there are any, the routers' signals."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -119,29 +91,37 @@ def curves(runs: dict[str, dict]):
         train, val = upper.subplots(1, 2)
         train.set(title="Training loss, top-k routing", ylabel="nats per token")
         val.set(title="Validation loss: top-k routing (lines), causal routing (circles)")
-        panels = [(train, "train/loss"), (val, "val/loss")]
+        metric_panel(train, runs, "train/loss", gap=0.06)
+        metric_panel(val, runs, "val/loss", gap=0.06)
         if signals:
-            axes = lower.subplots(1, len(signals), squeeze=False)[0]
-            panels += zip(axes, signals, strict=True)
-        for ax, name in panels:
-            ends, late = [], []
-            for (run, metrics), colour in zip(runs.items(), colours(runs), strict=True):
-                if name not in metrics:
-                    continue
-                steps, values = metrics[name]
-                ax.plot(steps, values, color=colour)
-                if name == "val/loss" and "val/loss_causal" in metrics:
-                    ax.plot(*metrics["val/loss_causal"], "o", color=colour, markersize=5, fillstyle="none")
-                ends.append((values[-1], f"{run} {values[-1]:.2f}", colour))
-                late += [v for s, v in zip(steps, values, strict=True) if s >= 0.15 * steps[-1] and math.isfinite(v)]
-            if name == "val/loss" and late:  # the fall from the initial loss would flatten all that matters later
-                margin = 0.06 * (max(late) - min(late)) + 0.01
-                ax.set_ylim(min(late) - margin, max(late) + margin)
-            if name in SIGNALS:
+            for ax, name in zip(lower.subplots(1, len(signals), squeeze=False)[0], signals, strict=True):
                 ax.set_title(SIGNALS[name])
-            ax.set_xlabel("step")
-            label_ends(ax, ends, gap=0.06 if ax in (train, val) else 0.1)
+                metric_panel(ax, runs, name, gap=0.1)
     return fig
+
+
+def metric_panel(ax, runs: dict[str, dict], name: str, gap: float):
+    """One metric of every run that has it, over steps; circles for the same loss under causal routing."""
+    ends, late = [], []
+    for (run, metrics), colour in zip(runs.items(), colours(runs), strict=True):
+        if name not in metrics:
+            continue
+        steps, values = metrics[name]
+        ax.plot(steps, values, color=colour)
+        if name == "val/loss" and "val/loss_causal" in metrics:
+            ax.plot(*metrics["val/loss_causal"], "o", color=colour, markersize=5, fillstyle="none")
+        ends.append((values[-1], f"{run} {values[-1]:.2f}", colour))
+        late += [v for s, v in zip(steps, values, strict=True) if s >= 0.15 * steps[-1] and math.isfinite(v)]
+    if name == "val/loss" and late:  # the fall from the initial loss would flatten all that matters later
+        margin = 0.06 * (max(late) - min(late)) + 0.01
+        ax.set_ylim(min(late) - margin, max(late) + margin)
+    ax.set_xlabel("step")
+    label_ends(ax, ends, gap)
+
+
+def save(figure, folder: str, name: str):
+    """Writes a figure as PNG and as PDF."""
+    save_figure(figure, os.path.join(folder, f"{name}.png"), os.path.join(folder, f"{name}.pdf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,71 +140,76 @@ def data_of(run: str) -> tuple[str, int]:
         raise CheckpointError(f"{steps[-1]}/state.json does not say what data the run was trained on") from None
 
 
-@torch.inference_mode()
-def cached(model, ids: torch.Tensor) -> tuple[list[float], float]:
-    """What causal routing of ids (B, T) leaves in the KV cache: (share of tokens per routed layer, bytes per token)."""
-    held, size = [0] * len(model.config.routed_layers), 0
-    for chunk in ids.split(8):
-        cache = model.new_cache(*chunk.shape)
-        model(chunk.to(model.head_weight.device), routing="causal", cache=cache)
-        held = [n + sum(cache.layers[i].lengths) for n, i in zip(held, model.config.routed_layers, strict=True)]
-        size += cache.bytes_used()
-    return [n / ids.numel() for n in held], size / ids.numel()
+count, nats, percent = "{:,.0f}".format, "{:.3f}".format, "{:.1%}".format
+TOPK_LOSS, CAUSAL_LOSS = "validation loss, top-k routing", "validation loss, causal routing"
 
 
-def decode_speeds(models: dict, prompt: torch.Tensor, n: int = 64, rounds: int = 5) -> dict[str, float]:
-    """{name: tokens/s} of greedy decoding at batch 1: medians, the models taking turns after a warm-up."""
-    seconds = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            ids = prompt[None].to(model.head_weight.device)
-            start = time.perf_counter()
-            model.generate(ids, n).cpu()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: n / statistics.median(times[1:]) for name, times in seconds.items()}
+def quantities(model, metrics: dict, ids: torch.Tensor, decoding: float) -> dict[str, tuple]:
+    """{quantity: (its format, its value)} of one run; NaN where it has none. decoding: tokens/s."""
+    logged = {metric: values for metric, (_, values) in metrics.items()}
+    last = {metric: values[-1] for metric, values in logged.items()}
+    shares, cache_bytes = cached(model, ids)
+    capacity = list(shares.values())
+    return {
+        "parameters": (count, sum(p.numel() for p in model.parameters())),
+        "FLOPs per token, training": (si, model.flops_per_token(ids.size(1), training=True)),
+        "FLOPs per token, causal inference": (si, model.flops_per_token(ids.size(1), capacity=capacity)),
+        "training, tokens/s": (count, statistics.median(logged.get("tokens_per_s", [math.nan]))),
+        "decoding, tokens/s": (count, decoding),
+        "KV cache, bytes per token": (count, cache_bytes),
+        "validation loss, before training": (nats, logged.get("val/loss", [math.nan])[0]),
+        TOPK_LOSS: (nats, last.get("val/loss", math.nan)),
+        CAUSAL_LOSS: (nats, last.get("val/loss_causal", math.nan)),
+        "causal router, accuracy": (percent, last.get("causal_accuracy", math.nan)),
+        "causal router, capacity": (percent, statistics.mean(capacity) if capacity else math.nan),
+    }
 
 
-def si(value: float) -> str:
-    """Three digits and a unit prefix: 1234567 → 1.23 M."""
-    power = min(int(math.log10(max(value, 1)) / 3), 5)
-    return f"{value / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
+def cell(quantity: str, column: dict, dense: dict | None, routed: bool) -> str:
+    """One cell of the report's table: the value and, in brackets, what it is relative to dense or to the top-k loss."""
+    form, value = column[quantity]
+    if not math.isfinite(value):
+        return "–"
+    text = form(value)
+    if form in (count, si) and dense and column is not dense:
+        text += f" ({value / dense[quantity][1]:.2f}×)"
+    if quantity == CAUSAL_LOSS and routed:
+        text += f" ({value / column[TOPK_LOSS][1] - 1:+.2%})"
+    return text
 
 
 def table_of(runs: dict[str, dict], models: dict, ids: torch.Tensor, prompt: torch.Tensor) -> list[list[str]]:
     """The report's table: a header row, then a row per quantity with a cell per run. ids: (B, T) validation text."""
-    count, loss, share = "{:,.0f}".format, "{:.3f}".format, "{:.1%}".format
-    speeds, columns = decode_speeds(models, prompt), {}
-    for name, model in models.items():
-        logged = {metric: values for metric, (_, values) in runs[name].items()}
-        last = {metric: values[-1] for metric, values in logged.items()}
-        capacity, size = cached(model, ids)
-        columns[name] = {
-            "parameters": (count, sum(p.numel() for p in model.parameters())),
-            "FLOPs per token, training": (si, model.flops_per_token(ids.size(1), training=True)),
-            "FLOPs per token, causal inference": (si, model.flops_per_token(ids.size(1), capacity=capacity)),
-            "training, tokens/s": (count, statistics.median(logged.get("tokens_per_s", [math.nan]))),
-            "decoding, tokens/s": (count, speeds[name]),
-            "KV cache, bytes per token": (count, size),
-            "validation loss, before training": (loss, logged.get("val/loss", [math.nan])[0]),
-            "validation loss, top-k routing": (loss, last.get("val/loss", math.nan)),
-            "validation loss, causal routing": (loss, last.get("val/loss_causal", math.nan)),
-            "causal router, accuracy": (share, last.get("causal_accuracy", math.nan)),
-            "causal router, capacity": (share, statistics.mean(capacity) if capacity else math.nan),
-        }
-    dense = next((name for name, model in models.items() if model.config.architecture == "dense"), None)
+    speeds = decode_speeds(models, prompt)
+    columns = {name: quantities(model, runs[name], ids, speeds[name]) for name, model in models.items()}
+    routed = {name: bool(model.config.routed_layers) for name, model in models.items()}
+    dense = next((columns[name] for name in models if not routed[name]), None)
     table = [["", *models]]
     for quantity in columns[next(iter(columns))]:
-        row = [quantity]
-        for name, column in columns.items():
-            show, value = column[quantity]
-            cell = show(value) if math.isfinite(value) else "–"
-            if show in (count, si) and name != dense and dense and math.isfinite(value):
-                cell += f" ({value / columns[dense][quantity][1]:.2f}×)"
-            if quantity == "validation loss, causal routing" and models[name].config.routed_layers:
-                cell += f" ({value / column['validation loss, top-k routing'][1] - 1:+.2%})"
-            row.append(cell)
-        table.append(row)
+        cells = [cell(quantity, column, dense, routed[name]) for name, column in columns.items()]
+        table.append([quantity, *cells])
     return table
+
+
+def map_of_all(models: dict, tokenizer, ids: torch.Tensor):
+    """The token × layer map of ids (T) with the strips of all models that route, or None where none does."""
+    groups, chosen = {}, []
+    for (name, model), colour in zip(models.items(), colours(models), strict=True):
+        if model.config.routed_layers:
+            groups[name] = trace(model, ids).masks
+            chosen.append(colour)
+    title = "Validation text, and the tokens that entered each routed block (filled)"
+    return routing_map(title, token_texts(tokenizer, ids.tolist()), groups, chosen) if groups else None
+
+
+def sample_lines(name: str, model, tokenizer, prompt: torch.Tensor) -> list[str]:
+    """Markdown that shows how the model continues the prompt (T)."""
+    torch.manual_seed(SEED)
+    ids = continuations(model, tokenizer, prompt, 120, temperature=0.8, top_k=50)[0]
+    text = "".join(visible(t) if "\n" not in t else t for t in token_texts(tokenizer, ids.tolist()))
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"**{name}**", "", fence, text, fence, ""]
 
 
 def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotConfig):
@@ -235,48 +220,34 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
     sources = {name: data_of(folder) for name, folder in folders.items()}
     if len(set(sources.values())) > 1:
         raise ConfigError(f"the runs were trained on different data or sequence lengths: {sources}")
-    (data_dir, seq_len), tokenizer = next(iter(sources.values())), next(iter(tokenizers.values()))
+    first = next(iter(models))
+    data_dir, seq_len = sources[first]
     val = TokenData(data_dir, "val", seq_len)
     ids, _ = val.batch(0, min(cfg.sequences, len(val)))  # (B, T)
-    prompt = encode(next(iter(models.values())), tokenizer, cfg.prompt)
+    prompt = encode(models[first], tokenizers[first], cfg.prompt)
     table = table_of(runs, models, ids, prompt)
 
-    save_figure(curves(runs), *(os.path.join(out, f"curves.{kind}") for kind in ("png", "pdf")))
-    passage = ids[0, :160]
-    groups = {name: trace(model, passage).masks for name, model in models.items() if model.config.routed_layers}
-    if groups:
-        chosen = [colour for name, colour in zip(models, colours(models), strict=True) if name in groups]
-        title = "Validation text, and the tokens that entered each routed block (filled)"
-        figure = routing_map(title, token_texts(tokenizer, passage.tolist()), groups, chosen)
-        save_figure(figure, *(os.path.join(out, f"routing.{kind}") for kind in ("png", "pdf")))
+    save(curves(runs), out, "curves")
+    routing_picture = map_of_all(models, tokenizers[first], ids[0, :160])
+    if routing_picture:
+        save(routing_picture, out, "routing")
 
-    device = next(iter(models.values())).head_weight.device.type
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    lines = ["# Report: " + ", ".join(models), ""]
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    lines += [rows[0], "|---" + "|---:" * len(models) + "|", *rows[1:], ""]
-    lines += ["Losses in nats per token. In brackets: relative to dense; for the causal loss, to the top-k loss.", ""]
+    device = models[first].head_weight.device
+    hardware = device_name(device) + ("" if device.type == "cuda" else f", {torch.get_num_threads()} threads")
     measured = f"{len(ids)} × {seq_len} validation tokens of {data_dir}"
+    lines = ["# Report: " + ", ".join(models), "", *markdown_table(table), ""]
+    lines += ["Losses in nats per token. In brackets: relative to dense; for the causal loss, to the top-k loss.", ""]
     lines += [f"Capacity, KV cache and FLOPs at inference: {measured}, causal routing.", ""]
-    lines += [f"Decoding: batch 1, greedy, on {where}, torch {torch.__version__}.", ""]
+    lines += [f"Decoding: batch 1, greedy, on {hardware}, torch {torch.__version__}.", ""]
     lines += ["## Curves", "", "![Losses and router signals over steps](curves.png)", ""]
-    if groups:
+    if routing_picture:
         lines += ["## What the routers took", "", "![Token × layer map](routing.png)", ""]
-    lines += ["## Samples", "", f"Temperature 0.8, top-k 50, seed {SampleConfig.seed}.", ""]
+    lines += ["## Samples", "", f"Temperature 0.8, top-k 50, seed {SEED}.", ""]
     for name, model in models.items():
-        torch.manual_seed(SampleConfig.seed)
-        sample = continuations(model, tokenizers[name], prompt, 120, temperature=0.8, top_k=50)[0]
-        text = "".join(visible(t) if "\n" not in t else t for t in token_texts(tokenizers[name], sample.tolist()))
-        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-        lines += [f"**{name}**", "", fence, text, fence, ""]
+        lines += sample_lines(name, model, tokenizers[name], prompt)
     path = os.path.join(out, "report.md")
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.write("\n".join(lines))
-
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *cells in table:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print(first.ljust(widths[0]), *cells, sep="  ")
+    write_whole(path, "\n".join(lines))
+    print_table(table)
     print(f"\n{path}")
 
 
@@ -288,18 +259,18 @@ KINDS = ("word start", "continuation", "punctuation", "whitespace", "number")
 
 def kinds_of(texts: list[str]) -> list[int]:
     """Index into KINDS of each token, given the texts of a running sequence."""
-    kinds, before = [], ""
+    kinds, previous = [], ""
     for text in texts:
         core = text.strip()
         if not core:
             kind = "whitespace" if text else "continuation"  # "": the first bytes of a character
         elif any(c.isalpha() for c in core):
-            inside = core[0].isalnum() and text[0] == core[0] and before[-1:].isalnum()
-            kind = "continuation" if inside else "word start"
+            inside_word = core[0].isalnum() and text[0] == core[0] and previous[-1:].isalnum()
+            kind = "continuation" if inside_word else "word start"
         else:
             kind = "number" if any(c.isnumeric() for c in core) else "punctuation"
         kinds.append(KINDS.index(kind))
-        before = text or before
+        previous = text or previous
     return kinds
 
 
@@ -317,85 +288,151 @@ def rates(masks: np.ndarray, groups: np.ndarray, n: int) -> np.ndarray:
         return np.stack([np.bincount(groups, weights=mask, minlength=n) / count for mask in masks])
 
 
-@torch.inference_mode()
-def routing(name: str, metrics: dict, folder: str, cfg: PlotConfig):
-    """Figure of the selection rates of a run's causal routing, by layer, kind, frequency, position and loss."""
-    import matplotlib
-    from matplotlib.figure import Figure
+@dataclass
+class Selection:
+    """What a model's causal routing selects of B sequences of validation text, whose n = B·T tokens stand in a row."""
 
+    layers: list[int]  # the routed ones
+    capacities: list[float]  # of each in training
+    masks: np.ndarray  # (layers, n) bool: selected
+    loss: np.ndarray  # (n) of the token after each one, in nats
+    kinds: np.ndarray  # (n) index into KINDS
+    counts: np.ndarray  # (n) how often the token stands in training text
+    positions: np.ndarray  # (n) in the token's sequence
+    seq_len: int
+
+    @property
+    def shades(self) -> np.ndarray:
+        """A colour for each layer: deeper is darker."""
+        import matplotlib
+
+        return matplotlib.colormaps["viridis"](np.linspace(0.7, 0.1, len(self.layers)))
+
+
+@torch.inference_mode()
+def selection_of(folder: str, cfg: PlotConfig) -> Selection:
+    """What the model of a run selects of the validation text that it was trained with."""
     model, tokenizer = open_model(folder, cfg.device)
     layers = model.config.routed_layers
     if not layers:
         raise ConfigError(f"{folder} is a dense model: it routes nothing")
     data_dir, seq_len = data_of(folder)
-    train, val = (TokenData(data_dir, split, seq_len) for split in ("train", "val"))
+    train, val = TokenData(data_dir, "train", seq_len), TokenData(data_dir, "val", seq_len)
     ids, targets = val.batch(0, min(cfg.sequences, len(val)))  # (B, T)
-    masks, loss = [], []
+    masks, losses = [], []
     for x, y in zip(ids.split(4), targets.split(4), strict=True):
         out = model(x.to(model.head_weight.device), routing="causal", return_masks=True)
         masks.append(torch.stack([out.masks[i].flatten() for i in layers]).cpu())  # (layers, tokens)
-        loss.append(F.cross_entropy(out.logits.flatten(0, 1).float().cpu(), y.flatten(), reduction="none"))
-    masks, loss = torch.cat(masks, 1).numpy(), torch.cat(loss).numpy()
-    kinds = np.concatenate([kinds_of(token_texts(tokenizer, row.tolist())) for row in ids])
-    seen = torch.bincount(train.batch(0, 1024)[0].flatten(), minlength=train.vocab_size)
-    position = np.tile(np.arange(seq_len), len(ids))
-    bins = min(32, seq_len)
+        losses.append(F.cross_entropy(out.logits.flatten(0, 1).float().cpu(), y.flatten(), reduction="none"))
+    kinds = [kinds_of(token_texts(tokenizer, row.tolist())) for row in ids]
+    in_training = torch.bincount(train.batch(0, 1024)[0].flatten(), minlength=train.vocab_size)  # of 1024 sequences
+    return Selection(
+        layers=layers,
+        capacities=model.config.capacities,
+        masks=torch.cat(masks, 1).numpy(),
+        loss=torch.cat(losses).numpy(),
+        kinds=np.concatenate(kinds),
+        counts=in_training[ids].flatten().numpy(),
+        positions=np.tile(np.arange(seq_len), len(ids)),
+        seq_len=seq_len,
+    )
 
+
+SHARE = "share of tokens selected"
+
+
+def layer_panel(ax, selection: Selection):
+    layers = selection.layers
+    ax.bar(range(len(layers)), selection.masks.mean(1), 0.6, color=selection.shades)
+    ax.plot(range(len(layers)), selection.capacities, "_", color="#333333", markersize=18)
+    ax.set(title="By layer (dash: capacity in training)", xlabel="routed layer", ylabel=SHARE)
+    ax.set(ylim=(0, 1), xticks=range(len(layers)), xticklabels=layers)
+
+
+def kind_panel(ax, selection: Selection):
+    by_kind = rates(selection.masks, selection.kinds, len(KINDS))  # (layers, kinds)
+    ax.barh(range(len(KINDS)), by_kind.mean(0), 0.6, color="#DDDDDD")
+    for row, shade in zip(by_kind, selection.shades, strict=True):
+        ax.plot(row, range(len(KINDS)), "o", color=shade, markersize=5, clip_on=False)
+    shares = np.bincount(selection.kinds, minlength=len(KINDS)) / len(selection.kinds)
+    names = [f"{kind} ({share:.0%})" for kind, share in zip(KINDS, shares, strict=True)]
+    ax.set(title="By kind (bar: mean of layers)", xlabel=SHARE, xlim=(0, 1))
+    ax.set(yticks=range(len(KINDS)), yticklabels=names)
+    ax.invert_yaxis()
+
+
+def rate_lines(ax, selection: Selection, x, groups: np.ndarray):
+    """The selection rate of each layer within each group of tokens, drawn at x (groups)."""
+    by_group, ends = rates(selection.masks, groups, len(x)), []
+    for row, layer, shade in zip(by_group, selection.layers, selection.shades, strict=True):
+        ax.plot(x, row, color=shade, marker="o", markersize=2.5, clip_on=False)
+        ends.append((row[-1], f"layer {layer}", shade))
+    ax.set(ylim=(0, 1))
+    label_ends(ax, ends if len(ends) <= 6 else [ends[0], ends[-1]], gap=0.08)
+
+
+def frequency_panel(ax, selection: Selection):
+    rate_lines(ax, selection, range(1, 11), deciles(selection.counts))
+    ax.set(title="By frequency in training text", xlabel="decile (10: most frequent)")
+
+
+def position_panel(ax, selection: Selection):
+    bins = min(32, selection.seq_len)
+    middles = (np.arange(bins) + 0.5) * selection.seq_len / bins
+    rate_lines(ax, selection, middles, selection.positions * bins // selection.seq_len)
+    ax.set(title="By position", xlabel="token of the sequence", ylabel=SHARE)
+
+
+def loss_panel(ax, selection: Selection):
+    groups = deciles(selection.loss)
+    means = [selection.loss[groups == decile].mean() for decile in range(10)]
+    rate_lines(ax, selection, means, groups)
+    ax.set(title="By the loss of the next token", xlabel="nats (means of deciles)")
+
+
+def surprise_panel(ax, metrics: dict):
+    """The shares of S_CE and S_CU in their sum, over training; nothing where the run logged no surprise."""
+    if "S_CE" not in metrics:
+        ax.set_axis_off()
+        return
+    (steps, expected), (_, unexpected) = metrics["S_CE"], metrics["S_CU"]
+    expected, unexpected = np.array(expected), np.array(unexpected)
+    share = expected / np.maximum(expected + unexpected, 1e-12)
+    ax.plot(steps, share, color=COLOURS[1])
+    ax.plot(steps, 1 - share, color=COLOURS[2])
+    ax.set(title="What drives G", xlabel="step", ylabel="share of S_CE + S_CU", ylim=(0, 1))
+    label_ends(ax, [(share[-1], "S_CE", COLOURS[1]), (1 - share[-1], "S_CU", COLOURS[2])], gap=0.08)
+
+
+def routing(name: str, metrics: dict, folder: str, cfg: PlotConfig):
+    """Figure of the selection rates of a run's causal routing, by layer, kind, frequency, position and loss."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    selection = selection_of(folder, cfg)
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 6), layout="constrained")
-        axes = fig.subplots(2, 3).flat
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.7, 0.1, len(layers)))  # deeper is darker
-
-        def lines(ax, x, rate, **labels):
-            for row, shade in zip(rate, shades, strict=True):
-                ax.plot(x, row, color=shade, marker="o", markersize=2.5, clip_on=False)
-            ax.set(ylim=(0, 1), **labels)
-            ends = [(row[-1], f"layer {i}", shade) for row, i, shade in zip(rate, layers, shades, strict=True)]
-            label_ends(ax, ends if len(ends) <= 6 else [ends[0], ends[-1]], gap=0.08)
-
-        trained = np.broadcast_to(model.config.capacity, len(layers))
-        axes[0].bar(range(len(layers)), masks.mean(1), 0.6, color=shades)
-        axes[0].plot(range(len(layers)), trained, "_", color="#333333", markersize=18)
-        axes[0].set(
-            title="By layer (dash: capacity in training)", xlabel="routed layer", ylabel="share of tokens selected"
-        )
-        axes[0].set(ylim=(0, 1), xticks=range(len(layers)), xticklabels=layers)
-
-        by_kind, share = rates(masks, kinds, len(KINDS)), np.bincount(kinds, minlength=len(KINDS)) / len(kinds)
-        axes[1].barh(range(len(KINDS)), by_kind.mean(0), 0.6, color="#DDDDDD")
-        for row, shade in zip(by_kind, shades, strict=True):
-            axes[1].plot(row, range(len(KINDS)), "o", color=shade, markersize=5, clip_on=False)
-        names = [f"{kind} ({s:.0%})" for kind, s in zip(KINDS, share, strict=True)]
-        axes[1].set(title="By kind (bar: mean of layers)", xlabel="share of tokens selected", xlim=(0, 1))
-        axes[1].set(yticks=range(len(KINDS)), yticklabels=names)
-        axes[1].invert_yaxis()
-
-        ylabel = "share of tokens selected"
-        rate = rates(masks, deciles(seen[ids].flatten().numpy()), 10)
-        lines(axes[2], range(1, 11), rate, title="By frequency in training text", xlabel="decile (10: most frequent)")
-        rate = rates(masks, position * bins // seq_len, bins)
-        where = (np.arange(bins) + 0.5) * seq_len / bins
-        lines(axes[3], where, rate, title="By position", xlabel="token of the sequence", ylabel=ylabel)
-        decile = deciles(loss)
-        rate = rates(masks, decile, 10)
-        where = [loss[decile == d].mean() for d in range(10)]
-        lines(axes[4], where, rate, title="By the loss of the next token", xlabel="nats (means of deciles)")
-        if "S_CE" in metrics:
-            (steps, ce), (_, cu) = metrics["S_CE"], metrics["S_CU"]
-            driven = np.array(ce) / np.maximum(np.array(ce) + np.array(cu), 1e-12)
-            axes[5].plot(steps, driven, color=COLOURS[1])
-            axes[5].plot(steps, 1 - driven, color=COLOURS[2])
-            axes[5].set(title="What drives G", xlabel="step", ylabel="share of S_CE + S_CU", ylim=(0, 1))
-            label_ends(axes[5], [(driven[-1], "S_CE", COLOURS[1]), (1 - driven[-1], "S_CU", COLOURS[2])], gap=0.08)
-        else:
-            axes[5].set_axis_off()
-        fig.suptitle(
-            f"{name}: tokens that causal routing selects, {len(kinds):,} tokens of validation text", fontsize=10
-        )
+        *axes, last = fig.subplots(2, 3).flat
+        panels = (layer_panel, kind_panel, frequency_panel, position_panel, loss_panel)
+        for panel, ax in zip(panels, axes, strict=True):
+            panel(ax, selection)
+        surprise_panel(last, metrics)
+        tokens = f"{len(selection.loss):,} tokens of validation text"
+        fig.suptitle(f"{name}: tokens that causal routing selects, {tokens}", fontsize=10)
     return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def named(paths: list[str]) -> tuple[dict[str, str], str]:
+    """({name: run folder}, the folder that holds them all): a name is the folder's own, or its path where two are alike."""
+    parent = os.path.commonpath([os.path.abspath(path) for path in paths])
+    names = [os.path.basename(os.path.abspath(path)) for path in paths]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path, parent) for path in paths]
+    folder = parent if os.path.isabs(paths[0]) else os.path.relpath(parent)  # written as the runs were
+    return dict(zip(names, paths, strict=True)), folder
 
 
 def main(argv: list[str]):
@@ -406,22 +443,21 @@ def main(argv: list[str]):
         command, *paths = paths
     if not paths:
         raise ConfigError("no run is named: python plot.py out/quickstart")
-    parent = os.path.commonpath([os.path.abspath(path) for path in paths])
-    unique = len({os.path.basename(path) for path in paths}) == len(paths)
-    names = [os.path.basename(os.path.abspath(path)) if unique else os.path.relpath(path, parent) for path in paths]
-    folders = dict(zip(names, paths, strict=True))
+    folders, parent = named(paths)
     runs = {name: read_metrics(path) for name, path in folders.items()}
-    out = cfg.out or (parent if os.path.isabs(paths[0]) else os.path.relpath(parent))  # named as the runs were
+    out = cfg.out or parent
     if command == "report":
         report(runs, folders, out, cfg)
         return
-    figures = {"curves": curves(runs)} if command == "curves" else {}
-    for name, folder in folders.items() if command == "routing" else ():
-        figures["routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"] = routing(
-            name, runs[name], folder, cfg
-        )
+    figures = {}
+    if command == "curves":
+        figures["curves"] = curves(runs)
+    else:
+        for name, folder in folders.items():
+            title = "routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"
+            figures[title] = routing(name, runs[name], folder, cfg)
     for name, figure in figures.items():
-        save_figure(figure, *(os.path.join(out, f"{name}.{kind}") for kind in ("png", "pdf")))
+        save(figure, out, name)
         print(os.path.join(out, f"{name}.png"))
 
 

@@ -11,11 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from test_sample import TEXT, TOKENIZER, VOCABULARY, save_model
 
+import figures
+import measure
 import plot
-from checkpoint import CheckpointError
+import tables
+import trained
 from configurator import cli
-from data import DataError, TokenData
-from model import ModelError
+from data import TokenData
 
 SEQ_LEN = 24
 
@@ -63,7 +65,7 @@ def run(monkeypatch, capsys, *arguments):
     """The script in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
     try:
-        cli(plot.main, CheckpointError, DataError, ModelError)
+        cli(plot.main)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -111,7 +113,7 @@ def test_labels_keep_apart_and_inside():
     ax = Figure().add_subplot()
     ax.set_ylim(0, 10)
     ends = [(9.9, "a", "k"), (10, "b", "k"), (9.8, "c", "k"), (2, "d", "k"), (5, "e", "k"), (5.2, "f", "k")]
-    plot.label_ends(ax, [*ends, (float("nan"), "g", "k")], 0.1)
+    figures.label_ends(ax, [*ends, (float("nan"), "g", "k")], 0.1)
     places = {t.get_text(): t.get_position()[1] for t in ax.texts}
     expected = {"d": 0.2, "e": 0.46, "f": 0.56, "c": 0.8, "a": 0.9, "b": 1.0}  # pairs centred, none beyond the axis
     assert places == pytest.approx(expected)
@@ -121,7 +123,7 @@ def test_labels_keep_apart_and_inside():
 
 
 def test_si():
-    assert [plot.si(v) for v in (0.5, 7, 1234567, 9.99e9, 2e12)] == ["0.5", "7", "1.23 M", "9.99 G", "2 T"]
+    assert [tables.si(v) for v in (0.5, 7, 1234567, 9.99e9, 2e12)] == ["0.5", "7", "1.23 M", "9.99 G", "2 T"]
 
 
 def test_report(folder, monkeypatch, capsys):
@@ -147,14 +149,14 @@ def test_report(folder, monkeypatch, capsys):
     ids, _ = val.batch(0, len(val))
     per_layer = 2 * 2 * 8 * 4  # keys and values, 2 KV heads of 8, float32
     for n, name in enumerate(("dense", "mod", "dtf", "stt")):
-        model, _ = plot.open_model(str(folder / name))
+        model, _ = trained.open_model(str(folder / name))
         with torch.no_grad():
             masks = model(ids, routing="causal", return_masks=True).masks
         shares = [int(mask.sum()) / mask.numel() for mask in masks.values()]
         kept = per_layer * (5 - len(shares) + sum(shares))
         assert table["KV cache, bytes per token"][n].split(" (")[0] == f"{kept:,.0f}"
         flops = model.flops_per_token(SEQ_LEN, capacity=shares)
-        assert table["FLOPs per token, causal inference"][n].split(" (")[0] == plot.si(flops)
+        assert table["FLOPs per token, causal inference"][n].split(" (")[0] == tables.si(flops)
         expected = f"{sum(shares) / len(shares):.1%}" if shares else "–"
         assert table["causal router, capacity"][n] == expected
         assert table["parameters"][n].split(" (")[0] == f"{sum(p.numel() for p in model.parameters()):,}"
@@ -184,8 +186,8 @@ def test_decode_speeds_take_turns(folder):
             assert ids.shape == (1, 3)
             return torch.zeros(1, 3 + n)
 
-    speeds = plot.decode_speeds({"a": Fake("a"), "b": Fake("b")}, torch.zeros(3, dtype=torch.int64), n=4, rounds=3)
-    assert calls == ["a", "b"] * 4 and all(speed > 0 for speed in speeds.values())
+    speeds = measure.decode_speeds({"a": Fake("a"), "b": Fake("b")}, torch.zeros(3, dtype=torch.int64), n=4, rounds=3)
+    assert calls == ["b", "a", "a", "b"] * 2 and all(speed > 0 for speed in speeds.values())
 
 
 # -- which tokens are routed ------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def test_routing_figure_shows_the_models_selection(folder):
     fig = plot.routing("dtf", metrics, str(folder / "dtf"), plot.PlotConfig(sequences=3))
     by_layer, by_kind, by_frequency, by_position, by_loss, drivers = fig.axes
     ids, targets = TokenData(str(folder / "data"), "val", SEQ_LEN).batch(0, 3)
-    model, _ = plot.open_model(str(folder / "dtf"))
+    model, _ = trained.open_model(str(folder / "dtf"))
     with torch.no_grad():
         out = model(ids, routing="causal", return_masks=True)
     masks = {i: mask.float() for i, mask in out.masks.items()}

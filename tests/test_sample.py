@@ -18,9 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import figures
 import sample
+import tracing
+import trained
 from configurator import cli
-from model import ModelError, Transformer
+from model import Transformer
+from page import page
 
 TEXT = "def main(argv):\n    return 0\n\nclass Café:\n    print('naïve', 12.5) # 東京\n" * 3
 VOCABULARY = 300
@@ -31,7 +35,7 @@ def small_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = {"special_tokens": [sample.EOT], "initial_alphabet": alphabet, "show_progress": False}
+    options = {"special_tokens": [trained.EOT], "initial_alphabet": alphabet, "show_progress": False}
     tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
     return tokenizer
 
@@ -51,7 +55,7 @@ def run(monkeypatch, capsys, *arguments):
     """The script in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     try:
-        cli(sample.main, ModelError)
+        cli(sample.main)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -65,13 +69,13 @@ def run(monkeypatch, capsys, *arguments):
 @given(st.text())
 def test_token_texts_are_the_text(text):
     ids = TOKENIZER.encode(text).ids
-    assert "".join(sample.token_texts(TOKENIZER, ids)) == text
+    assert "".join(trained.token_texts(TOKENIZER, ids)) == text
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, VOCABULARY - 1)))
 def test_token_texts_of_any_ids_are_what_tokenizers_decodes(ids):
-    pieces = sample.token_texts(TOKENIZER, ids)
+    pieces = trained.token_texts(TOKENIZER, ids)
     assert len(pieces) == len(ids)
     if 0 not in ids:  # a special token among broken characters: tokenizers joins what lies around it
         assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=False)
@@ -81,16 +85,16 @@ def test_a_character_appears_with_its_last_byte():
     kyoto = "京".encode()
     names = [TOKENIZER.id_to_token(i) for i in range(VOCABULARY)]
     byte_ids = [names.index(TOKENIZER.pre_tokenizer.pre_tokenize_str("京")[0][0][n]) for n in range(len(kyoto))]
-    assert sample.token_texts(TOKENIZER, byte_ids) == ["", "", "京"]
-    assert sample.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + sample.EOT]
-    assert sample.token_texts(TOKENIZER, [VOCABULARY + 5]) == ["\ufffd"]  # an id that only pads the vocabulary
+    assert trained.token_texts(TOKENIZER, byte_ids) == ["", "", "京"]
+    assert trained.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + trained.EOT]
+    assert trained.token_texts(TOKENIZER, [VOCABULARY + 5]) == ["\ufffd"]  # an id that only pads the vocabulary
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path):
     save_model(tmp_path, "dense")
-    model, tokenizer = sample.open_model(str(tmp_path))
-    assert 0 not in sample.encode(model, tokenizer, f"a{sample.EOT}b")
-    assert sample.encode(model, tokenizer, "").tolist() == [0]  # an empty prompt starts a document
+    model, tokenizer = trained.open_model(str(tmp_path))
+    assert 0 not in trained.encode(model, tokenizer, f"a{trained.EOT}b")
+    assert trained.encode(model, tokenizer, "").tolist() == [0]  # an empty prompt starts a document
 
 
 def test_a_run_gives_its_final_model_else_its_newest_step(tmp_path):
@@ -98,7 +102,7 @@ def test_a_run_gives_its_final_model_else_its_newest_step(tmp_path):
         save_model(tmp_path / step, "dense", seed=n)
 
     def weight():
-        return sample.open_model(str(tmp_path))[0].head_weight
+        return trained.open_model(str(tmp_path))[0].head_weight
 
     def saved(name):
         return Transformer.from_pretrained(str(tmp_path / name)).head_weight
@@ -114,7 +118,7 @@ def test_continuations_end_with_the_end_of_text():
     torch.manual_seed(1)
     rows = model.generate(prompt.expand(40, -1), 60, stop_ids=(0,), temperature=1.5, pad_id=1)
     torch.manual_seed(1)
-    sequences = sample.continuations(model, TOKENIZER, prompt, 60, 40, temperature=1.5)
+    sequences = trained.continuations(model, TOKENIZER, prompt, 60, 40, temperature=1.5)
     stopped = 0
     for row, ids in zip(rows.tolist(), sequences, strict=True):
         new = row[len(prompt) :]
@@ -131,7 +135,7 @@ def test_continuations_end_with_the_end_of_text():
 def test_trace_is_the_causal_forward(architecture):
     model = small_model(architecture, vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (30,))
-    seen = sample.trace(model, ids)
+    seen = tracing.trace(model, ids)
     with torch.no_grad():
         out = model(ids[None], routing="causal", return_masks=True)
         surprise = model(ids[None], routing="topk", return_masks=True).tokens
@@ -139,6 +143,8 @@ def test_trace_is_the_causal_forward(architecture):
     assert seen.entered == [sum(int(m[0, t]) for m in out.masks.values()) for t in range(30)]
     for i in out.masks:
         assert torch.equal(seen.tokens[i]["causal_probability"], out.tokens[i]["causal_probability"][0])
+        assert torch.equal(seen.tokens[i]["margin"], out.tokens[i]["margin"][0])
+        assert torch.equal(seen.tokens[i]["margin"] > 0, seen.masks[i]) and seen.rules[i] == "causal router"
         if architecture != "mod":
             source = surprise if architecture == "stt" else out.tokens
             for name in ("S_CE", "S_CU", "G"):
@@ -148,10 +154,10 @@ def test_trace_is_the_causal_forward(architecture):
 
 
 def test_a_long_text_is_read_in_windows_that_overlap_by_half(monkeypatch):
-    monkeypatch.setattr(sample, "WINDOW", 16)
+    monkeypatch.setattr(tracing, "WINDOW", 16)
     model = small_model("dtf", vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (37,))
-    seen = sample.trace(model, ids)
+    seen = tracing.trace(model, ids)
     for t in range(37):
         start = 0 if t < 16 else (t - 8) // 8 * 8  # windows start at 0, 8, 16, 24
         with torch.no_grad():
@@ -182,7 +188,7 @@ def test_painting_with_colour_is_the_text_in_ordered_shades():
 def test_routing_map_fills_what_entered():
     texts = ["a very long token indeed", "$x_1$", "\n", "京", ""] * 60
     masks = {"dtf": {1: torch.rand(300) < 0.3, 3: torch.rand(300) < 0.6}, "mod": {1: torch.rand(300) < 0.5}}
-    fig = sample.routing_map("$ title", texts, masks)
+    fig = figures.routing_map("$ title", texts, masks)
     faces = [tuple(face) for bars in fig.axes[0].collections for face in bars.get_facecolors().tolist()]
     assert len(faces) == 3 * 300
     grey = (0.9019607843137255, 0.9019607843137255, 0.9019607843137255, 1.0)
@@ -192,10 +198,10 @@ def test_routing_map_fills_what_entered():
 
 def test_routing_map_of_a_long_text_is_cut_and_says_so():
     mask = {i: torch.ones(20_000, dtype=torch.bool) for i in range(1, 81, 2)}
-    fig = sample.routing_map("title", [" word"] * 20_000, {"dtf": mask})
+    fig = figures.routing_map("title", [" word"] * 20_000, {"dtf": mask})
     drawn = len(fig.axes[0].collections[0].get_facecolors()) * len(fig.axes[0].collections) // 40
     assert fig.axes[0].texts[0].get_text() == f"title, the first {drawn:,} of 20,000 tokens"
-    assert fig.get_figheight() * sample.STYLE["savefig.dpi"] < 1 << 16  # what matplotlib can draw
+    assert fig.get_figheight() * figures.STYLE["savefig.dpi"] < 1 << 16  # what matplotlib can draw
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -229,9 +235,9 @@ class Scripts(html.parser.HTMLParser):
 def hostile_page():
     model = small_model("dtf", vocab_size=VOCABULARY)
     ids = torch.tensor(TOKENIZER.encode(HOSTILE + "\n" + TEXT).ids)
-    texts = sample.token_texts(TOKENIZER, ids.tolist())
-    seen = sample.trace(model, ids)
-    return sample.page(HOSTILE, model.config, texts, ids.tolist(), seen), texts, ids, seen
+    texts = trained.token_texts(TOKENIZER, ids.tolist())
+    seen = tracing.trace(model, ids)
+    return page(HOSTILE, model.config, texts, ids.tolist(), seen), texts, ids, seen
 
 
 def test_page_holds_the_trace_and_runs_its_own_script_only():
@@ -249,7 +255,8 @@ def test_page_holds_the_trace_and_runs_its_own_script_only():
     assert data["loss"][:-1] == pytest.approx(seen.loss[:-1].tolist(), abs=1e-4)
     for layer in data["layers"]:
         assert layer["mask"] == "".join("01"[int(m)] for m in seen.masks[layer["index"]])
-        for name in ("S_CE", "S_CU", "G", "causal_probability"):
+        assert layer["rule"] == "causal router"
+        for name in ("margin", "S_CE", "S_CU", "G", "causal_probability"):
             assert layer[name] == pytest.approx(seen.tokens[layer["index"]][name].tolist(), abs=1e-4)
 
 
@@ -269,8 +276,8 @@ def test_page_in_a_browser(tmp_path):
 def test_page_of_a_dense_model():
     model = small_model("dense", vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (1,))
-    page = sample.page("one token", model.config, ["x"], ids.tolist(), sample.trace(model, ids))
-    assert json.loads(Scripts(page).scripts[-2])["layers"] == []
+    content = page("one token", model.config, ["x"], ids.tolist(), tracing.trace(model, ids))
+    assert json.loads(Scripts(content).scripts[-2])["layers"] == []
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
@@ -314,6 +321,27 @@ def test_script_looks_at_a_file(tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         logits = model(torch.tensor([ids[:50]]), routing="causal").logits[0, 0]
     assert first == pytest.approx(-logits.log_softmax(-1)[ids[1]].item(), abs=1e-3) and not math.isnan(first)
+
+
+def test_script_names_the_rule_and_how_narrow_it_was(tmp_path, monkeypatch, capsys):
+    model = small_model("mod", vocab_size=VOCABULARY, causal_decision="threshold")
+    for layer in model.config.routed_layers:
+        model.model.layers[layer].threshold.fill_(0.1)
+    model.save_pretrained(str(tmp_path))
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    keys = [f"--model_path={tmp_path}", f"--text={tmp_path}/text.txt", "--show_routing", f"--png={tmp_path}/map.png"]
+    status, out, _ = run(monkeypatch, capsys, *keys)
+    with torch.no_grad():
+        tokens = model(torch.tensor([TOKENIZER.encode(TEXT).ids]), routing="causal", return_masks=True).tokens
+    expected = ["decided by the average threshold"]
+    for layer, values in tokens.items():
+        margin = values["score"][0] - 0.1
+        share, median = (margin > 0).float().mean(), margin.abs().median()
+        expected.append(f"layer {layer}: {share:.0%} entered, median |margin| {median:.3f}")
+    *_, legend, first, second, third, picture, end = out.split("\n")
+    assert status == 0 and "routed blocks entered, of 2" in legend and [first, second, third] == expected
+    assert picture.startswith("token × layer map") and end == ""
 
 
 def test_script_on_a_dense_model_says_that_it_routes_nothing(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,123 @@
+"""A trained model with its tokenizer: where it lies, and text in and out of it. T tokens."""
+
+import codecs
+import os
+
+import torch
+
+import checkpoint
+from errors import ConfigError, ModelError, first_line
+from model import Transformer
+from tokenizer import EOT, byte_alphabet
+from weights import find_model
+
+
+def model_directory(path: str) -> str:
+    """The directory that holds the model of `path`: a model directory, a hub id, or a run's out_dir, of which final_model
+    is taken, else the newest step. Raises ModelError where there is none.
+    """
+    for directory in (path, os.path.join(path, "final_model"), *reversed(checkpoint.steps(path))):
+        if os.path.exists(os.path.join(directory, "config.json")):
+            return directory
+    if os.path.isdir(path) or path.startswith("out/"):  # where runs live: no hub id
+        raise ModelError(f"no model in {path}: train one with `python train.py --out_dir={path}`")
+    return find_model(path)
+
+
+def open_model(path: str, device: str = "auto"):
+    """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device`."""
+    from tokenizers import Tokenizer
+
+    directory = model_directory(path)
+    model = Transformer.from_pretrained(directory)
+    tokenizer_path = os.path.join(directory, "tokenizer.json")
+    if not os.path.exists(tokenizer_path):
+        raise ModelError(f"{tokenizer_path} is missing: copy it from the data folder that the model was trained on")
+    try:
+        tokenizer = Tokenizer.from_file(tokenizer_path)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises nothing narrower)
+        raise ModelError(f"{tokenizer_path} is no tokenizer: {error}") from None
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text, as in training
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used: {first_line(error)}") from None
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file as it is, its line ends included."""
+    with open(path, "rb") as f:
+        raw = f.read()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text={path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
+
+
+def end_of_text(tokenizer) -> int:
+    """The id that starts and ends a document."""
+    end = tokenizer.token_to_id(EOT)
+    if end is None:
+        raise ModelError(f"the tokenizer has no {EOT}, which starts and ends a text")
+    return end
+
+
+def encode(model, tokenizer, text: str) -> torch.Tensor:
+    """Text → its ids (T), on the CPU; an empty text is the end-of-text token, which starts a document."""
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError:
+        raise ConfigError(f"the text {text[:40]!r} is not valid UTF-8") from None
+    ids = ids or [end_of_text(tokenizer)]
+    if max(ids) >= model.config.vocab_size:
+        raise ModelError(f"the tokenizer gives id {max(ids)}, the model's vocabulary ends at {model.config.vocab_size}")
+    return torch.tensor(ids)
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text; joined, they are the text.
+
+    A character whose bytes are spread over several byte-level tokens appears with the last of them, the others add "".
+    """
+    byte_of = byte_alphabet()
+    added = tokenizer.get_added_tokens_decoder()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = []
+    for i in ids:
+        token = added[i].content if i in added else tokenizer.id_to_token(i)
+        if i not in added and token is not None and all(c in byte_of for c in token):
+            texts.append(decoder.decode(bytes(byte_of[c] for c in token)))
+        else:  # a special token, or an id that pads the vocabulary
+            texts.append(decoder.decode(b"", final=True) + (token or "\ufffd"))
+            decoder.reset()
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+# Control characters as pictures: a model's text, printed, must not steer the terminal.
+PICTURES = {c: chr(0x2400 + c) for c in range(32)} | {127: "\u2421"} | {c: "\ufffd" for c in range(128, 160)}
+PICTURES |= {9: "\t", 10: "\n"}
+
+
+def visible(text: str) -> str:
+    """A token's text with what cannot be seen made visible; "…" for the first bytes of a character."""
+    return text.translate(PICTURES | {9: "⇥   ", 10: "⏎\n"}) or "…"
+
+
+def continuations(model, tokenizer, prompt: torch.Tensor, n: int, count: int = 1, **sampling) -> list[torch.Tensor]:
+    """`count` sequences that begin with `prompt` (T): at most n new ids each, the end-of-text id, if met, the last.
+
+    sampling: temperature, top_k, top_p of `Transformer.generate`.
+    """
+    end = tokenizer.token_to_id(EOT)
+    end = -1 if end is None else end  # no token has the id −1
+    prompts = prompt.to(model.head_weight.device).expand(count, -1)
+    ids = model.generate(prompts, n, stop_ids=(end,), **sampling)  # (count, T + n)
+    sequences = []
+    for row in ids.cpu():
+        ends = (row[len(prompt) :] == end).nonzero()
+        sequences.append(row[: len(prompt) + int(ends[0]) + 1] if len(ends) else row)
+    return sequences
