@@ -150,7 +150,7 @@ def activations(model, batch: int, seq_len: int, bf16: bool, sharded: bool, chec
     return batch * seq_len * sum(layers)
 
 
-def memory(model, cfg, micro_steps: int, bf16: bool) -> dict[str, float]:
+def memory(model, cfg, ranks: int, micro_steps: int, bf16: bool) -> dict[str, float]:
     """Estimated bytes that one rank holds at the peak of a training step, by what holds them."""
     sharded = cfg.parallel == "fsdp"
     n = sum(p.numel() for p in model.parameters())
@@ -159,7 +159,7 @@ def memory(model, cfg, micro_steps: int, bf16: bool) -> dict[str, float]:
     ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
     share = 1.0
     if sharded:
-        share = 0.0 if cfg.offload else 1 / world()
+        share = 0.0 if cfg.offload else 1 / ranks
         working = (2 if bf16 else 4) * (ends + 2 * block)  # gathered: the one that runs and the next
     else:
         working = 2 * n if bf16 else 0  # autocast's copies

@@ -89,14 +89,10 @@ class TrainConfig:
 
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # float32, or bfloat16 (autocast over float32 weights); auto: bfloat16 on CUDA
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16: autocast over float32; auto: that, on CUDA
     compile: bool = False  # torch.compile; what it makes is kept in TORCHINDUCTOR_CACHE_DIR
     gradient_checkpointing: bool = False  # less memory, a third more compute
-    parallel: Literal["ddp", "fsdp"] = (
-        "ddp"  # many ranks: ddp (each holds the model) or fsdp (weights, gradients, optimizer are divided)
-    )
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients, optimizer are divided over the ranks
     offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
 
     push_to_hub: str = ""  # user/name: upload final_model to the hub at the end (a new repository is private)
@@ -535,7 +531,7 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
     elif cfg.init_from == "scratch":
         vocab_size = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **vocab_size | model_set)
-        check_fit(cfg, model_cfg, data)
+        check_fit(cfg, model_cfg, data, world())
         with torch.device("meta"):
             model = Transformer(model_cfg)
         if shard is None:
@@ -546,7 +542,7 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
         return model
     else:
         model = convert(cfg, model_set, shard, size_is_set)
-    check_fit(cfg, model.config, data)
+    check_fit(cfg, model.config, data, world())
     return model
 
 
@@ -570,7 +566,7 @@ def convert(cfg, model_set, shard, size_is_set) -> Transformer:
     return model
 
 
-def check_fit(cfg, model_cfg, data):
+def check_fit(cfg, model_cfg, data, ranks):
     """Whether model, data and job can work together; ConfigError names everything that cannot."""
     found = []
     if data.vocab_size > model_cfg.vocab_size:
@@ -582,10 +578,10 @@ def check_fit(cfg, model_cfg, data):
         found.append(
             f"seq_len={cfg.seq_len} is longer than max_position_embeddings={model_cfg.max_position_embeddings}"
         )
-    if cfg.grad_accum_steps % world():
+    if cfg.grad_accum_steps % ranks:
         found.append(
-            f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {world()} ranks: "
-            f"use {-(-cfg.grad_accum_steps // world()) * world()}"
+            f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: "
+            f"use {-(-cfg.grad_accum_steps // ranks) * ranks}"
         )
     if cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
@@ -668,7 +664,7 @@ def introduce(run: Run):
     say(f"{cfg.data_dir}: {data.tokens:,} tokens; {reads}")
     sharded = ", sharded" if cfg.parallel == "fsdp" else ""
     say(f"{run.device}, {world()} rank(s){sharded}, {'bfloat16' if run.bf16 else 'float32'}")
-    parts = parallel.memory(model, cfg, run.micro_steps, run.bf16)
+    parts = parallel.memory(model, cfg, world(), run.micro_steps, run.bf16)
     if run.teacher:
         parts["teacher"] = sum(p.nbytes for p in run.teacher.parameters())
     total = f"{sum(parts.values()) / 1e9:.2f} GB = "

@@ -115,9 +115,19 @@ def test_the_loss_against_a_teacher_is_the_kl_divergence(vocab):
     hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
     teacher, targets = (torch.randn(400, 8), torch.randn(vocab, 8)), torch.randint(0, vocab, (400,))
     targets[7:20] = -100
-    q, p = F.linear(*teacher).log_softmax(-1), F.linear(hidden, weight).log_softmax(-1)
-    theirs = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)[targets != -100].mean()
-    agree(kernels.head_loss(hidden, weight, targets, teacher), theirs, (hidden, weight), atol=1e-6)
+
+    def divergence(hidden, weight, teacher):
+        q, p = F.linear(*teacher).log_softmax(-1), F.linear(hidden, weight).log_softmax(-1)
+        return F.kl_div(p, q, reduction="none", log_target=True).sum(-1)[targets != -100].mean()
+
+    exact_inputs = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = divergence(*exact_inputs, [t.double() for t in teacher])
+    ours, theirs = kernels.head_loss(hidden, weight, targets, teacher), divergence(hidden, weight, teacher)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(y, x) for y, x in ((ours, (hidden, weight)), (theirs, (hidden, weight)))]
+    for got, their_own, expected in zip(*gradients, torch.autograd.grad(exact, exact_inputs), strict=True):
+        rounding = (their_own - expected).abs().max()  # what float32 costs PyTorch's own operators
+        assert 0 < (got - expected).abs().max() < 1.5 * rounding < 1e-4 * expected.abs().max()
     same = kernels.head_loss(hidden, weight, targets, (hidden.detach(), weight.detach()))
     assert abs(same.item()) < 1e-6  # nothing to learn from oneself
     with torch.no_grad():

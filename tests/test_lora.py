@@ -212,7 +212,11 @@ def test_refusals(data, start, run, tmp_path, monkeypatch):
     refused(ConfigError, "lora=True needs pretrained weights", [*given, "--init_from=scratch"])
     refused(ConfigError, "lora=True does not work with parallel=fsdp", [*given, "--parallel=fsdp"])
     refused(ConfigError, "lora_merge=True needs lora=True", [*common(data), "--lora_merge"])
-    refused(ConfigError, "lora_r=0, lora_alpha=32, lora_dropout=1:", [*given, "--lora_r=0", "--lora_dropout=1"])
+    refused(
+        ConfigError,
+        r"lora_r=0 must be at least 1; lora_dropout=1.0 must lie in \[0, 1\)",
+        [*given, "--lora_r=0", "--lora_dropout=1"],
+    )
     refused(ConfigError, "is a LoRA adapter: merge it first", [*given, f"--init_from={run / 'final_model'}"])
     refused(ConfigError, "lora_r was 4 and is now 8", [f"--resume={run}", "--lora_r=8"])
     with pytest.raises(ConfigError, match="is a plain model already"):
