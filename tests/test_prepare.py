@@ -235,7 +235,7 @@ def test_kill_at_random_moments(where, corpus, tmp_path):
     folder, _, tok = corpus
     for i in range(12):
         (folder / f"more{i}.txt").write_text(f"{i} more text, naïve or not. " * 8000)
-    launcher = "import prepare; prepare.UNIT = 1; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare; prepare.UNIT = 1; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, f"--tokenizer={tok}", "--num_proc=2"]
     argv += [f"--input={folder}"] if where == "local" else ["--sources=[{'id': 'roneneldan/TinyStories'}]"]
     if where == "hub":
@@ -344,7 +344,7 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
     hub, out, _ = mixture
     config = tmp_path / "c.py"
     config.write_text(Path("config/mixture.py").read_text() + "sources = [sources[1], sources[-1]]\n")
-    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, str(config), f"--out_dir={tmp_path}/d", "--num_proc=1"]
     options = {"env": os.environ | hub, "capture_output": True, "text": True}
     hub.server.fail = lambda method, path: 403 if "TinyStories" in path and "train-00002" in path else None
@@ -370,7 +370,7 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
 
 def test_one_failure_while_planning_or_sampling_does_not_end_a_run(mixture, tmp_path):
     hub, _, _ = mixture
-    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, "--sources=[{'id': 'roneneldan/TinyStories'}]", "--num_proc=1"]
     for name, place in (("plan", "/api/datasets/roneneldan/TinyStories"), ("sample", "train-00002")):
         broken = iter([403])
