@@ -27,6 +27,7 @@ import train
 from configurator import ConfigError, configure
 from data import TokenData
 from model import ModelConfig, ModelError, Transformer
+from sources import read_sources
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
 VOCAB, SEQ_LEN = 64, 32
@@ -693,7 +694,7 @@ def test_every_config_opens_with_its_launch_line_and_is_read(path):
     classes = (train.TrainConfig, ModelConfig) if script == "train" else (prepare.PrepareConfig,)
     settings = configure("", arguments.split(), *classes)
     cfg = classes[0](**settings[0])
-    assert cfg.out_dir and (script == "train" or prepare.read_sources(cfg))
+    assert cfg.out_dir and (script == "train" or read_sources(cfg))
     assert script == "prepare" or cfg.out_dir != train.TrainConfig.out_dir  # runs of two configs do not mix
 
 
