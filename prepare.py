@@ -88,21 +88,20 @@ def held_out(text, fraction):
 
 def start_worker(tokenizer_path, kind, eot, dtype, val_fraction):
     """Make this process an encoder. It ignores Ctrl-C (its parent decides) and ends when its parent is killed."""
-    global encode_batch
+    global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    encode, end = make_encoder(tokenizer_path, kind)[0], np.array([eot])
-
-    def encode_batch(split, texts):
-        ids = {name: [] for name in SPLITS}
-        for text in texts:
-            ids[split or ("val" if held_out(text, val_fraction) else "train")] += [encode(text), end]
-        return {name: (np.concatenate(a).astype(dtype).tobytes(), len(a) // 2) for name, a in ids.items() if a}
+    encode, _ = make_encoder(tokenizer_path, kind)
+    worker = encode, np.array([eot]), dtype, val_fraction
 
 
-def run_batch(split, texts):
+def encode_batch(split, texts):
     """In a worker: {split: (its token files' bytes, its documents)} of `texts`; split None: by the hash of each."""
-    return encode_batch(split, texts)
+    encode, end, dtype, val_fraction = worker
+    ids = {name: [] for name in SPLITS}
+    for text in texts:
+        ids[split or ("val" if held_out(text, val_fraction) else "train")] += [encode(text), end]
+    return {name: (np.concatenate(a).astype(dtype).tobytes(), len(a) // 2) for name, a in ids.items() if a}
 
 
 def text_batches(documents):
@@ -213,7 +212,7 @@ def encode_source(name, jobs, pool, ahead, out_dir, width):
         for number, job in enumerate(jobs):
             splits = [job.unit["split"]] if job.unit["split"] else SPLITS
             paths = {split: out_dir / split / f"{name}-{job.unit['number']:05d}.bin" for split in splits}
-            submit = partial(pool.submit, run_batch, job.unit["split"])
+            submit = partial(pool.submit, encode_batch, job.unit["split"])
             report = partial(progress.report, number, tokens)
             parts = with_retries(encode_unit, job, paths, submit, ahead, width, report)
             write_json(job.record, parts)
@@ -335,11 +334,9 @@ def list_jobs(work, val_fraction, out_dir):
         record = out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"
         jobs.append(Job(source, unit, record))
     known = {job.record for job in jobs}
-    for folder in dict.fromkeys(job.record.parent for job in jobs):
-        if not known.issuperset(folder.glob("*.json")):
-            raise DataError(
-                f"{out_dir} holds {folder.name} from other text or settings: set another out_dir, or delete it"
-            )
+    for name in dict.fromkeys(source.name for source, _ in work):
+        if not known.issuperset((out_dir / "sealed" / name).glob("*.json")):
+            raise DataError(f"{out_dir} holds {name} from other text or settings: set another out_dir, or delete it")
     return jobs
 
 
@@ -375,14 +372,10 @@ def merge_records(jobs, out_dir, width):
             for key in total:
                 total[key] += parts[split][key]
     for name, entry in sources.items():
-        held_out_documents = entry["val"]["documents"]
-        if not entry["train"]["tokens"] and not held_out_documents:
-            raise DataError(f"source {name}: an empty corpus")
         if not entry["train"]["tokens"]:
-            raise DataError(
-                f"source {name}: all {held_out_documents} documents fell into validation: "
-                "more text, or a lower val_fraction"
-            )
+            number = entry["val"]["documents"]
+            lost = f"all {number} documents fell into validation: more text, or a lower val_fraction"
+            raise DataError(f"source {name}: {lost if number else 'an empty corpus'}")
         if entry["weight"] is None:
             entry["weight"] = entry["train"]["tokens"] / 1e6
     return sources
