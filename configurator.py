@@ -11,6 +11,8 @@ Arguments are read from left to right and a later one wins: config files (`confi
 public names are keys) and `--key=value` or `--key value`; a bare `--flag` sets a bool. The dataclass is the whole
 truth: a key is a field, its annotation the type, the comment behind it the text of `--help`. A name that is no field
 is an error, in a config file too: a typo never makes a new setting silently.
+
+A Literal or a Range in an annotation says which values may be: `problems(self)` in __post_init__ lists those that may not.
 """
 
 import ast

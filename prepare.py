@@ -54,7 +54,7 @@ class PrepareConfig:
         4096  # of the BPE that is trained: the 256 bytes and <|endoftext|> at least
     )
     out_dir: str | None = None  # where the token files go (none: data/<name of the first source>)
-    val_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.05  # held out, where a source has no val_split
+    val_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.05  # share of documents held out, without val_split
     num_proc: Count | None = None  # processes that encode (none: one per core)
     shard: str = "0/1"  # i/n, i from 0: do only the i-th of n shares of the work
     sources: list[dict] = field(default_factory=list)  # instead of input: see class Source
