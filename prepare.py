@@ -50,9 +50,7 @@ class PrepareConfig:
     input: list[str] = field(default_factory=list)  # .txt .md .py .jsonl .parquet or folders (none: standard library)
     text_key: str = "text"  # column of .jsonl and .parquet, or a template over columns: "{title}: {body}"
     tokenizer: str | None = None  # folder, tokenizer.json or hub id (none: a byte-level BPE is trained on the text)
-    vocab_size: Annotated[int, Range(257)] = (
-        4096  # of the BPE that is trained: the 256 bytes and <|endoftext|> at least
-    )
+    vocab_size: Annotated[int, Range(257)] = 4096  # of the BPE that is trained: 256 bytes, <|endoftext|>, merges
     out_dir: str | None = None  # where the token files go (none: data/<name of the first source>)
     val_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.05  # share of documents held out, without val_split
     num_proc: Count | None = None  # processes that encode (none: one per core)

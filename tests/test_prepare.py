@@ -510,3 +510,5 @@ def test_help_lists_every_key():
     done = script("--help")
     keys = "input text_key tokenizer vocab_size out_dir val_fraction num_proc shard sources"
     assert done.returncode == 0 and all(f"--{key}=" in done.stdout for key in keys.split())
+    for line in re.findall(r"^  --\w+=.*", done.stdout, re.MULTILINE):
+        assert re.search(r"\S  +\S", line), f"no meaning: {line}"
