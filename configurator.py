@@ -11,9 +11,12 @@ Arguments are read from left to right and a later one wins: config files (`confi
 public names are keys) and `--key=value` or `--key value`; a bare `--flag` sets a bool. The dataclass is the whole
 truth: a key is a field, its annotation the type, the comment behind it the text of `--help`. A name that is no field
 is an error, in a config file too: a typo never makes a new setting silently.
+
+A Literal or a Range in an annotation says which values may be: `problems(self)` in __post_init__ lists those that may not.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -30,6 +33,7 @@ from typing import Annotated
 from errors import ConfigError, UserError
 
 WORDS = {"true": True, "false": False, "1": True, "0": False}  # what a bool may be on the command line
+UNIONS = (typing.Union, types.UnionType)  # Optional[X] and X | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +47,16 @@ class Range:
 
     def __contains__(self, number):
         above = number > self.low if self.open_low else number >= self.low
-        return above and (number < self.high if self.open_high else number <= self.high)
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below
 
     def __str__(self):
         if self.high < math.inf:
-            return f"must lie in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+            left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+            return f"must lie in {left}{self.low:g}, {self.high:g}{right}"
         if self.low == 0:
             return "must be positive" if self.open_low else "must not be negative"
-        return f"must be at least {self.low:g}"
+        return f"must be {'above' if self.open_low else 'at least'} {self.low:g}"
 
 
 Count = Annotated[int, Range(1)]  # 1, 2, 3 …
@@ -75,28 +81,32 @@ def problems(cfg) -> list[str]:
 
 def fits(value, want) -> bool:
     """Whether a value of the right type is within the Literals and Ranges of the annotation `want`."""
-    origin, args = typing.get_origin(want), typing.get_args(want)
-    if origin is typing.Literal:
+    kind, args = typing.get_origin(want), typing.get_args(want)
+    several = isinstance(value, list | tuple)
+    if kind is typing.Literal:
         return value in args
-    if origin is Annotated:
-        return all(value in limit for limit in args[1:])
-    if origin in (typing.Union, types.UnionType):
-        lists = isinstance(value, list | tuple)
-        meant = [option for option in args if (typing.get_origin(option) in (list, tuple)) == lists]
-        return any(fits(value, option) for option in meant if option is not types.NoneType)
-    if origin in (list, tuple) and isinstance(value, list | tuple):
-        each = [option for option in args if option is not Ellipsis]
-        return all(fits(item, each[min(i, len(each) - 1)]) for i, item in enumerate(value))
+    if kind is Annotated:
+        return all(value in allowed for allowed in args[1:])
+    if kind in UNIONS:
+        options = [option for option in args if option is not types.NoneType]
+        return any(fits(value, option) for option in options if (typing.get_origin(option) in (list, tuple)) == several)
+    if kind in (list, tuple) and several:
+        return all(fits(item, type_) for item, type_ in zip(value, item_types(kind, args, len(value)), strict=False))
     return True
 
 
 def limits(want) -> str:
-    """The first Literal or Range of an annotation, in words."""
+    """The first Literal or Range of an annotation, in words; empty where it has none."""
     if typing.get_origin(want) is typing.Literal:
         return f"is not one of {', '.join(map(str, typing.get_args(want)))}"
     if typing.get_origin(want) is Annotated:
         return str(want.__metadata__[0])
     return next(filter(None, map(limits, typing.get_args(want))), "")
+
+
+def item_types(kind, args, count) -> tuple:
+    """The types of `count` items of list[X], tuple[X, ...] or tuple[X, Y], whose arguments are `args`."""
+    return args if kind is tuple and Ellipsis not in args else args[:1] * count
 
 
 def convert(value, want, text=False):
@@ -105,49 +115,53 @@ def convert(value, want, text=False):
     An int passes for a float and 1e4 for an int; a list may be given as one value. With `text`, `value` is a string
     from the command line: `1e-4`, `true`, `none`, `a,b,c`, or a Python literal where a list or dict is wanted.
     """
-    origin, args = typing.get_origin(want), typing.get_args(want)
-    if origin in (typing.Union, types.UnionType):
-        for option in sorted(args, key=lambda t: t is str):  # str last: it takes any text
-            try:
+    kind, args = typing.get_origin(want) or want, typing.get_args(want)
+    if kind in UNIONS:
+        for option in sorted(args, key=lambda option: option is str):  # str last: it takes any text
+            with contextlib.suppress(ValueError):
                 return convert(value, option, text)
-            except ValueError:
-                pass
-    elif origin is typing.Literal:
-        if value in args:
-            return value
-    elif want in (list, tuple) or origin in (list, tuple):
-        kind = origin or want
-        if text and value[:1] in ("[", "("):
-            value, text = literal(value), False
-        elif text:
-            value = [item.strip() for item in value.split(",")] if value else []
-        items = value if isinstance(value, (list, tuple)) else [value]
-        each = args if kind is tuple and Ellipsis not in args else args[:1] * len(items)
-        if not args or len(each) == len(items):
-            return kind(convert(v, t, text) for v, t in zip(items, each, strict=True)) if args else kind(items)
-    elif want is types.NoneType:
-        if value is None or (text and value.lower() == "none"):
-            return None
-    elif want is bool:
-        value = WORDS.get(value.lower(), value) if text else value
-        if isinstance(value, bool):
-            return value
-    elif want in (int, float):
-        if text:
-            value = int(value) if value.lstrip("+-").replace("_", "").isdigit() else float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if want is float and not math.isnan(value):  # a NaN setting helps nobody
-                return float(value)
-            if want is int and value == value // 1:
-                return int(value)
-    elif want is str or want is typing.Any:
-        if isinstance(value, str) or want is typing.Any:
-            return value
-    else:
-        value = literal(value) if text else value
-        if isinstance(value, origin or want):
-            return value
+        raise ValueError(f"{value!r} is not {spell(want)}")
+    if kind in (list, tuple):
+        return convert_items(value, want, text)
+    if text:
+        value = from_text(value, kind)
+    if kind is typing.Any or (kind is typing.Literal and value in args):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and not math.isnan(value):  # a NaN setting helps nobody
+        return float(value)
+    if kind is int and number and value == value // 1:
+        return int(value)
+    if kind not in (int, float, typing.Literal) and isinstance(value, kind):
+        return value
     raise ValueError(f"{value!r} is not {spell(want)}")
+
+
+def convert_items(value, want, text):
+    """`value` as a list or tuple type, its items converted, or ValueError."""
+    kind, args = typing.get_origin(want) or want, typing.get_args(want)
+    if text and value[:1] in ("[", "("):
+        value, text = literal(value), False
+    elif text:
+        value = [item.strip() for item in value.split(",")] if value else []
+    items = value if isinstance(value, list | tuple) else [value]
+    if not args:
+        return kind(items)
+    wanted = item_types(kind, args, len(items))
+    if len(wanted) != len(items):
+        raise ValueError(f"{value!r} is not {spell(want)}")
+    return kind(convert(item, type_, text) for item, type_ in zip(items, wanted, strict=True))
+
+
+def from_text(text, kind):
+    """What `text` of the command line stands for where a `kind` is wanted; ValueError where it stands for nothing."""
+    if kind is types.NoneType:
+        return None if text.lower() == "none" else text
+    if kind is bool:
+        return WORDS.get(text.lower(), text)
+    if kind in (int, float):
+        return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
+    return text if kind in (str, typing.Any, typing.Literal) else literal(text)
 
 
 def literal(text):
@@ -158,6 +172,10 @@ def literal(text):
 
 
 def spell(want):
+    if want is types.NoneType:
+        return "None"
+    if typing.get_origin(want) in UNIONS:
+        return " | ".join(map(spell, typing.get_args(want)))
     return want.__name__ if isinstance(want, type) and not typing.get_args(want) else str(want).replace("typing.", "")
 
 
@@ -168,28 +186,21 @@ def configure(doc, argv, *schemas, positional=None):
     which are neither config files nor keys. `--help` prints `doc` and every key, and exits 0.
     Raises ConfigError naming every bad argument at once.
     """
-    fields = [
-        {f.name: hint[f.name] for f in dataclasses.fields(schema)}  # key -> annotation, for each dataclass
-        for schema in schemas
-        for hint in [typing.get_type_hints(schema)]
-    ]
-    types_of = {key: want for known in fields for key, want in known.items()}
     if "--help" in argv or "-h" in argv:
-        print_help(doc, schemas, fields)
+        print_help(doc, schemas)
         sys.exit(0)
-
-    reader = Reader(types_of, fields, [{} for _ in schemas])
+    reader = Reader(schemas)
     arguments, rest = list(argv), []
     while arguments:
-        arg = arguments.pop(0)
-        if arg.startswith("--"):
-            reader.key(arg[2:], arguments)
-        elif arg.endswith(".py"):
-            reader.file(arg)
+        argument = arguments.pop(0)
+        if argument.startswith("--"):
+            reader.key(argument[2:], arguments)
+        elif argument.endswith(".py"):
+            reader.file(argument)
         elif positional:
-            rest.append(arg)
+            rest.append(argument)
         else:
-            reader.problems.append(f"{arg!r} is neither a config file (*.py) nor --key=value")
+            reader.problems.append(f"{argument!r} is neither a config file (*.py) nor --key=value")
     if rest:
         reader.put(positional, rest, False, positional)
     if reader.problems:
@@ -197,31 +208,37 @@ def configure(doc, argv, *schemas, positional=None):
     return reader.settings
 
 
-@dataclasses.dataclass
+def field_types(schema) -> dict:
+    """{key: annotation, without Ranges} of a dataclass."""
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
 class Reader:
-    """Puts one argument after another into `settings`, or a line into `problems`."""
+    """Puts one argument after another into `settings`, {key: value} for each dataclass, or a line into `problems`."""
 
-    types_of: dict  # key -> annotation, of all dataclasses
-    fields: list[dict]  # the same for each dataclass
-    settings: list[dict]  # key -> value, for each dataclass
-    problems: list[str] = dataclasses.field(default_factory=list)
+    def __init__(self, schemas):
+        self.fields = [field_types(schema) for schema in schemas]
+        self.types_of = {key: want for fields in self.fields for key, want in fields.items()}  # of all dataclasses
+        self.settings = [{} for _ in schemas]
+        self.problems = []
 
-    def put(self, key, value, text, where):
-        """`value` of `key`; text: it is a string of the command line. where: how a message names it."""
+    def put(self, key, value, text, place):
+        """`value` of `key`; text: it is a string of the command line. place: how a message names it."""
         if key not in self.types_of:
             near = difflib.get_close_matches(key, self.types_of, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists them"
-            self.problems.append(f"{where}: unknown key; {hint}")
+            self.problems.append(f"{place}: unknown key; {hint}")
             return
-        for known, chosen in zip(self.fields, self.settings, strict=True):
-            if key not in known:
+        for fields, settings in zip(self.fields, self.settings, strict=True):
+            if key not in fields:
                 continue
             try:
-                chosen[key] = convert(value, known[key], text)
+                settings[key] = convert(value, fields[key], text)
             except (ValueError, OverflowError):
-                choice = isinstance(value, str) and "Literal[" in str(known[key])
-                wrong = f"{key}={value!r} {limits(known[key])}" if choice else None
-                self.problems.append(wrong or f"{where}: {value!r} is not {spell(known[key])}")
+                choices = limits(fields[key]) if isinstance(value, str) else ""
+                wrong = f"{key}={value!r} {choices}" if choices else f"{place}: {value!r} is not {spell(fields[key])}"
+                self.problems.append(wrong)
                 return
 
     def key(self, argument, following):
@@ -256,7 +273,7 @@ class Reader:
 def comments_of(schema):
     """{field: the comment behind it} of a dataclass, from the sources of the class and its bases."""
     meaning = {}
-    for base in schema.__mro__[-2::-1]:
+    for base in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
         source = textwrap.dedent(inspect.getsource(base))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -265,21 +282,22 @@ def comments_of(schema):
     return meaning
 
 
-def print_help(doc, schemas, fields):
+def print_help(doc, schemas):
     print(doc.strip() + "\n")
-    seen = set()
-    for schema, known in zip(schemas, fields, strict=True):
+    printed = set()
+    for schema in schemas:
         print(f"{schema.__name__}:")
-        meaning = comments_of(schema)
+        meaning, types_of = comments_of(schema), field_types(schema)
         for field in dataclasses.fields(schema):
-            if field.name in seen:
+            if field.name in printed:
                 continue
-            seen.add(field.name)
-            default = field.default
+            printed.add(field.name)
+            default = repr(field.default)
             if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            shown = f"required, {spell(known[field.name])}" if default is dataclasses.MISSING else repr(default)
-            print(f"  --{field.name}={shown}".ljust(40) + f"  {meaning.get(field.name, '')}".rstrip())
+                default = repr(field.default_factory())
+            elif field.default is dataclasses.MISSING:
+                default = f"required, {spell(types_of[field.name])}"
+            print(f"  --{field.name}={default}".ljust(40) + f"  {meaning.get(field.name, '')}".rstrip())
         print()
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError
+from files import sha256
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -54,19 +55,7 @@ def read_manifest(data_dir):
             if type(source["weight"]) not in (int, float) or not 0 <= source["weight"] < float("inf"):
                 raise ValueError(f"a weight of {source['weight']}")
             for split in SPLITS:
-                for file in source[split]["files"]:
-                    if not re.fullmatch(rf"{split}/[\w.-]+\.bin", file["name"]):  # nothing outside the folder
-                        raise ValueError(f"a file named {file['name']!r}")
-                    if type(file["tokens"]) is not int or type(file["sha256"]) is not str:
-                        raise ValueError(f"{file['name']} of {file['tokens']!r} tokens, sha256 {file['sha256']!r}")
-                    size, want = (data_dir / file["name"]).stat().st_size, file["tokens"] * width
-                    if size != want:
-                        raise DataError(
-                            f"{data_dir / file['name']} has {size:,} bytes where the manifest says {want:,}: "
-                            "it was truncated or altered; prepare the data again"
-                        )
-                if source[split]["tokens"] != sum(file["tokens"] for file in source[split]["files"]):
-                    raise ValueError(f"the {split} files do not add up to {source[split]['tokens']} tokens")
+                check_part(data_dir, split, source[split], width)
     except FileNotFoundError as e:
         raise DataError(f"{e.filename} is in the manifest but not on disk: prepare the data again") from None
     except DataError:
@@ -78,14 +67,31 @@ def read_manifest(data_dir):
     return manifest
 
 
+def check_part(data_dir, split, part, width):
+    """Raises ValueError or KeyError for a malformed part of a manifest, DataError for a file that is not as it says."""
+    for file in part["files"]:
+        name, tokens = file["name"], file["tokens"]
+        if not re.fullmatch(rf"{split}/[\w.-]+\.bin", name):  # nothing outside the folder
+            raise ValueError(f"a file named {name!r}")
+        if type(tokens) is not int or type(file["sha256"]) is not str:
+            raise ValueError(f"{name} of {tokens!r} tokens, sha256 {file['sha256']!r}")
+        size = (data_dir / name).stat().st_size
+        if size != tokens * width:
+            raise DataError(
+                f"{data_dir / name} has {size:,} bytes where the manifest says {tokens * width:,}: "
+                "it was truncated or altered; prepare the data again"
+            )
+    if part["tokens"] != sum(file["tokens"] for file in part["files"]):
+        raise ValueError(f"the {split} files do not add up to {part['tokens']} tokens")
+
+
 def verify(data_dir):
     """Compare every file with its SHA-256 in the manifest; raises DataError naming the ones that differ."""
     altered = []
     for source in read_manifest(data_dir)["sources"].values():
         for file in source["train"]["files"] + source["val"]["files"]:
-            with open(Path(data_dir) / file["name"], "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
-                    altered.append(file["name"])
+            if sha256(Path(data_dir) / file["name"]) != file["sha256"]:
+                altered.append(file["name"])
     if altered:
         raise DataError(f"{data_dir}: altered since they were prepared: {', '.join(altered)}; prepare the data again")
 
@@ -149,7 +155,8 @@ class TokenData:
         self.vocab_size = self.manifest["vocab_size"]
         sources = {name: source for name, source in self.manifest["sources"].items() if source["weight"] > 0}
         tokens = {name: source[split]["tokens"] for name, source in sources.items()}
-        self.names, self.tokens = [name for name in sources if tokens[name] > seq_len], sum(tokens.values())
+        self.tokens = sum(tokens.values())
+        self.names = [name for name in sources if tokens[name] > seq_len]
         if not self.names:
             most = max(tokens.values(), default=0)
             raise DataError(
@@ -165,11 +172,12 @@ class TokenData:
         self.blocks = np.array([(ends[-1] - 1) // seq_len for ends in self.ends])
 
         if split == "val":
-            counts = self.blocks
+            self.counts = self.blocks
+        elif len(self.names) == 1:
+            self.counts = np.array([1])
         else:  # every source gets a slot, however small its weight
-            share = np.array([sources[name]["weight"] for name in self.names], float)
-            counts = np.maximum(1, np.round(PERIOD * share / share.sum())).astype(int)
-        self.counts = counts if len(counts) > 1 or split == "val" else np.array([1])
+            weights = np.array([sources[name]["weight"] for name in self.names], float)
+            self.counts = np.maximum(1, np.round(PERIOD * weights / weights.sum())).astype(int)
         self.which, self.rank = interleave(self.counts)
         seed = "val" if split == "val" else seed
         digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
@@ -186,9 +194,9 @@ class TokenData:
         if self.split == "val" and (first < 0 or first + count > len(self)):
             raise DataError(f"{self.data_dir}: the val split has {len(self):,} sequences of {self.seq_len}, no more")
         for s in np.unique(source):
-            mine, n = source == s, int(self.blocks[s])
-            epoch, within = np.divmod(index[mine].astype(np.uint64), np.uint64(n))
-            index[mine] = shuffle(within, n, mix(self.keys[s] + epoch))
+            chosen, blocks = source == s, int(self.blocks[s])
+            epoch, within = np.divmod(index[chosen].astype(np.uint64), np.uint64(blocks))
+            index[chosen] = shuffle(within, blocks, mix(self.keys[s] + epoch))
         return source, index
 
     def batch(self, first, count):
@@ -200,13 +208,14 @@ class TokenData:
 
         rows = np.empty((count, self.seq_len + 1), np.int64)
         for row, source, block in zip(rows, *self.locate(first, count), strict=True):
-            ends, filled, at = self.ends[source], 0, int(block) * self.seq_len
-            file = int(np.searchsorted(ends, at, side="right"))
+            ends, filled, first_token = self.ends[source], 0, int(block) * self.seq_len
+            file = int(np.searchsorted(ends, first_token, side="right"))
             while filled < len(row):  # a block may run over the end of a file
-                begin = at + filled - (int(ends[file - 1]) if file else 0)
+                begin = first_token + filled - (int(ends[file - 1]) if file else 0)
                 piece = self.files[source][file][begin : begin + len(row) - filled]
                 row[filled : filled + len(piece)] = piece
-                filled, file = filled + len(piece), file + 1
+                filled += len(piece)
+                file += 1
         if count and rows.max() >= self.vocab_size:
             raise DataError(
                 f"{self.data_dir}: token id {rows.max():,} in sequences {first}-{first + count - 1} of {self.split}, "

@@ -6,30 +6,20 @@ they are, and `hf upload` tries again.
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
+from string import Template
 
 import torch
 
-from errors import HubError
+from errors import HubError, first_line
 from model import ModelConfig, Transformer
 
-ABOUT = {
-    "dense": "Qwen2: every token runs through every block.",
-    "mod": "Mixture-of-Depths (arXiv 2404.02258): a learned score picks the tokens that enter every other block; the rest "
-    "skip it.",
-    "dtf": "DTF, a Dynamic Transformer (arXiv 2511.21408): a decision block and a cheap prior measure each token's "
-    "surprise; the next block runs on the most surprising tokens, the rest skip it.",
-    "stt": "STT, a Subjective Timescale Transformer (arXiv 2511.21408): a transition network predicts each token's update "
-    'from the token before; blocks run where it and "no change" disagree, other tokens skip them.',
-}
-
-
-def reason(error):
-    """The first line of what huggingface_hub or the network said."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+PART = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)  # of card.md: for dense or for routed models only
 
 
 def reserve(repo_id):
@@ -46,7 +36,7 @@ def reserve(repo_id):
     try:
         create_repo(repo_id, private=True, exist_ok=True)
     except Exception as e:  # noqa: BLE001, whatever the hub or the network did
-        raise HubError(f"push_to_hub={repo_id}: the hub does not take it: {reason(e)}") from None
+        raise HubError(f"push_to_hub={repo_id}: the hub does not take it: {first_line(e)}") from None
 
 
 def push(directory, repo_id):
@@ -61,23 +51,24 @@ def push(directory, repo_id):
     except Exception as e:  # noqa: BLE001, whatever the hub or the network did
         retry = shlex.join(["hf", "upload", repo_id, str(directory), ".", "--private"])
         raise HubError(
-            f"{directory} is not on the hub as {repo_id}: {reason(e)}; its files are intact, try again with: {retry}"
+            f"{directory} is not on the hub as {repo_id}: {first_line(e)}; its files are intact, try again with: {retry}"
         ) from None
     return str(url)
 
 
 def git_revision():
     """The commit of this code, "-dirty" behind it where files differ from it; None outside of git."""
-    describe, here = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def facts(init_from, manifest, argv, before=None):
-    """What the card will say of a model's origin, a dict for state.json. before: that of the run which goes on here."""
-    parent = init_from.partition("@")[0]
+def facts(init_from, manifest, argv, earlier=None):
+    """What the card will say of a model's origin, a dict for state.json. earlier: that of the run which goes on here."""
+    parent, commands = init_from.partition("@")[0], earlier["commands"] if earlier else []
     sources = {
         name: {"from": source["from"], "weight": source["weight"], "tokens": source["train"]["tokens"]}
         for name, source in manifest["sources"].items()
@@ -87,7 +78,7 @@ def facts(init_from, manifest, argv, before=None):
         "tokenizer": manifest["tokenizer"],
         "eot_token": manifest["eot_token"],
         "sources": sources,
-        "commands": (before["commands"] if before else []) + [shlex.join(["python", "train.py", *argv])],
+        "commands": commands + [shlex.join(["python", "train.py", *argv])],
         "git": git_revision(),
     }
 
@@ -102,94 +93,59 @@ def describe(directory, state):
 
 
 def card(config, state):
-    """The model card, Markdown behind a YAML head. Names that came from outside reach the head as hub ids only."""
-    from huggingface_hub import ModelCardData
-
-    about, run = state["about"], state["config"]["train"]
+    """The model card: card.md, filled. Names that came from outside reach its YAML head as hub ids only."""
+    about, run, losses = state["about"], state["config"]["train"], state["about"]["validation"]
     cfg = ModelConfig.from_dict(config)
+    kind = "dense" if config.get("architectures") == ["Qwen2ForCausalLM"] else "routed"
+    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    # parts of the other kind go before anything is filled in: a name from outside cannot end a part
+    template = PART.sub(lambda part: part[2] if part[1] == kind else "", template)
     with torch.device("meta"):
         model = Transformer(cfg)
-    dense = cfg.architecture == "dense"
-    origins = {name: source["from"].get("id") for name, source in about["sources"].items()}
-    head = ModelCardData(
-        library_name="transformers" if dense else "nanodtf",
+    values = asdict(cfg) | {
+        "head": head(cfg.architecture, kind, about),
+        "description": cfg.kind.description,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "vocab_size": f"{cfg.vocab_size:,}",
+        "max_position_embeddings": f"{cfg.max_position_embeddings:,}",
+        "routed_blocks": len(cfg.routed_layers),
+        "flops_per_token": f"{model.flops_per_token(run['seq_len']):.3g}",
+        "seq_len": run["seq_len"],
+        "validation_step": losses["step"],
+        "data": "\n".join(data_row(name, source) for name, source in about["sources"].items()),
+        "steps": f"{state['step']:,}",
+        "tokens": f"{state['tokens']:,}",
+        "flops": f"{state['flops']:.3g}",
+        "world_size": state["world_size"],
+        "torch": plain(state["torch"]),
+        "code": plain(about["git"] or "of unknown revision"),
+        "init_from": plain(run["init_from"]),
+        "tokenizer": plain(about["tokenizer"]),
+        "commands": textwrap.indent("\n".join(about["commands"]), " " * 4, lambda line: True),
+    }
+    for routing in ("", "_causal") if kind == "routed" else ("",):
+        loss = losses[f"loss{routing}"]
+        values |= {f"loss{routing}": f"{loss:.4f}", f"perplexity{routing}": f"{math.exp(min(loss, 700)):.2f}"}
+    return Template(template).substitute(values)
+
+
+def head(architecture, kind, about):
+    """The card's YAML."""
+    from huggingface_hub import ModelCardData
+
+    origins = {source["from"].get("id") for source in about["sources"].values()}
+    return ModelCardData(
+        library_name="transformers" if kind == "dense" else "nanodtf",
         pipeline_tag="text-generation",
         base_model=about["base_model"],
-        datasets=sorted({id for id in origins.values() if id and is_hub_id(id)}) or None,
-        tags=["nanodtf", cfg.architecture],
-    )
-    theirs = """
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+        datasets=sorted(id for id in origins if id and is_hub_id(id)) or None,
+        tags=["nanodtf", architecture],
+    ).to_yaml()
 
-        model = AutoModelForCausalLM.from_pretrained(DIRECTORY_OR_HUB_ID)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(DIRECTORY_OR_HUB_ID)
 
-    `AutoTokenizer` would use Qwen2's own way to cut text into words, whatever `tokenizer.json` says.
-    """
-    ours = """
-        from model import Transformer  # nanoDTF's model.py
-
-        model = Transformer.from_pretrained(DIRECTORY_OR_HUB_ID)
-        ids = model.generate(input_ids, max_new_tokens=50)
-
-    **Not with `transformers`:** its `AutoModelForCausalLM` would take this for a plain Qwen2, warn of unexpected tensors
-    (the routers), and run every block on every token, which is another model.
-    """
-    shape = f"""
-    {ABOUT[cfg.architecture]}
-
-    - {sum(p.numel() for p in model.parameters()):,} parameters: {cfg.num_hidden_layers} blocks of width {cfg.hidden_size},
-      {cfg.num_attention_heads} heads, {cfg.num_key_value_heads} key-value heads, MLP {cfg.intermediate_size}
-    - {cfg.vocab_size:,} tokens in the vocabulary, up to {cfg.max_position_embeddings:,} positions
-    """
-    routed = f"""
-    - {len(cfg.routed_layers)} routed blocks, capacity {cfg.capacity}, causal decision: {cfg.causal_decision}
-    """
-    cost = f"""
-    - {model.flops_per_token(run["seq_len"]):.3g} FLOPs per token of a forward pass of {run["seq_len"]} tokens
-    """
-    losses = about["validation"]
-    measured = [
-        f"Validation loss in nats per token, at step {losses['step']}:",
-        "",
-        "| routing | loss | perplexity |",
-        "|---|---:|---:|",
-        *(
-            f"| {routing} | {losses[key]:.4f} | {math.exp(min(losses[key], 700)):.2f} |"
-            for key, routing in {"loss": "every token" if dense else "top-k", "loss_causal": "causal"}.items()
-            if not (dense and key == "loss_causal")
-        ),
-    ]
-    data = ["| source | from | tokens | weight |", "|---|---|---:|---:|"]
-    for name, source in about["sources"].items():
-        origin = " ".join(str(part) for part in source["from"].values() if part)
-        data.append(f"| {plain(name)} | {plain(origin)} | {source['tokens']:,} | {source['weight']:g} |")
-    training = f"""
-    {state["step"]:,} steps of AdamW, {state["tokens"]:,} tokens, {state["flops"]:.3g} FLOPs, on {state["world_size"]}
-    rank(s); torch {plain(state["torch"])}, code {plain(about["git"] or "of unknown revision")}. Started from
-    {plain(run["init_from"])}, tokenizer {plain(about["tokenizer"])}. The commands, one after another:
-    """
-    text = textwrap.dedent
-    return (
-        "\n\n".join(
-            part.strip("\n")
-            for part in (
-                f"---\n{head.to_yaml()}\n---",
-                f"# A {cfg.architecture} language model, trained with nanoDTF",
-                text(theirs if dense else ours),
-                "## Architecture",
-                text(shape).rstrip() + text("" if dense else routed).rstrip() + text(cost),
-                "## Metrics",
-                "\n".join(measured),
-                "## Data",
-                "\n".join(data),
-                "## Training",
-                text(training),
-                textwrap.indent("\n".join(about["commands"]), " " * 4, lambda line: True),
-            )
-        )
-        + "\n"
-    )
+def data_row(name, source):
+    origin = " ".join(str(part) for part in source["from"].values() if part)
+    return f"| {plain(name)} | {plain(origin)} | {source['tokens']:,} | {source['weight']:g} |"
 
 
 def is_hub_id(name):

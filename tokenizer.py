@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError
+from errors import DataError
 
 EOT = "<|endoftext|>"
 # GPT-2's pattern, which `ByteLevel(use_regex=True)` stands for, and Qwen2's, which our own tokenizers get

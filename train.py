@@ -3,7 +3,7 @@
     python train.py                                              a small dense model on data/stdlib
     python train.py config/demo.py --architecture=dtf            a config file, then keys; a later one wins
     torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py
-    torchrun --standalone --nproc_per_node=8 train.py config/dtf_7b.py    sharded: config says parallel = "fsdp"
+    torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py config/7b.py    sharded
     python train.py config/demo.py --resume=auto                 go on where the run in out_dir stopped
 
 A resumed run takes every key that is not given from its checkpoint, and continues to the same bits. Ctrl-C, SIGTERM,

@@ -4,8 +4,8 @@ score picks.
     python prepare.py config/mixture.py
     torchrun --standalone --nproc_per_node=8 train.py config/mod_05b.py
 
-About one pass over the mixture: 3600 steps of 1,048,576 tokens, 9.8 · 10^18 FLOPs (at 40 % of an H100's peak 6.9 GPU
-hours). A GPU of less than 80 GB: halve batch_size and double grad_accum_steps, the tokens of a step stay the same.
+About one pass over the mixture: 3600 steps of 1,048,576 tokens, 9.8 · 10^18 FLOPs. A GPU of less than
+80 GB: halve batch_size and double grad_accum_steps, the tokens of a step stay the same.
 """
 
 init_from = "Qwen/Qwen2.5-0.5B"
@@ -22,12 +22,7 @@ eval_interval = 200
 eval_batches = 64
 save_interval = 200
 
-lr_base = 1e-5
+lr_base = 1e-5  # schedule, weight decay, clipping and seed: train.py's defaults
 lr_prior = 1e-3
 lr_router = 1e-2
 lr_causal_router = 1e-3
-min_lr_ratio = 0.1
-warmup_ratio = 0.01
-weight_decay = 0.01
-grad_clip = 1.0
-seed = 42

@@ -22,12 +22,7 @@ eval_interval = 100
 eval_batches = 64
 save_interval = 200
 
-lr_base = 6e-4
+lr_base = 6e-4  # schedule, weight decay, clipping and seed: train.py's defaults
 lr_prior = 1e-3
 lr_router = 1e-2
 lr_causal_router = 1e-3
-min_lr_ratio = 0.1
-warmup_ratio = 0.01
-weight_decay = 0.01
-grad_clip = 1.0
-seed = 42

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Several nodes under SLURM:
 #
-#     sbatch --nodes=4 docs/slurm.sh out/dtf_7b config/dtf_7b.py          out_dir, then what train.py takes
+#     sbatch --nodes=4 docs/slurm.sh out/dtf_7b config/dtf_05b.py config/7b.py          out_dir, then what train.py takes
 #
 # One torchrun a node, one rank a GPU; out_dir and the data lie on a file system that all nodes see. Ten minutes before the
 # time is up SLURM sends USR1 to every process: the ranks end their step, save and stop, and the job goes back into the

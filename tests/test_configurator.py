@@ -5,7 +5,19 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from configurator import ConfigError, cli, configure, convert
+from configurator import (
+    Amount,
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    cli,
+    configure,
+    convert,
+    problems,
+)
+from errors import ConfigError
 
 
 @dataclass
@@ -131,6 +143,98 @@ def test_help_lists_every_key_once_with_default_and_meaning(capsys):
     assert out.count("--name=") == 1
 
 
+@dataclass
+class Limits:
+    routing: typing.Literal["causal", "topk"] = "causal"
+    seq_len: Count = 256
+    limit: Amount = 0
+    scale: Positive = 1.0
+    decay: NonNegative = 0.0
+    share: Share = 0.5
+    top_p: typing.Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    fraction: typing.Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    vocab_size: typing.Annotated[int, Range(257)] = 4096
+    depth: typing.Annotated[float, Range(1, open_low=True)] = 2.0
+    num_proc: Count | None = None
+    capacity: Share | list[Share] = 0.5
+    gates: list[typing.Literal["soft", "hard"]] = field(default_factory=list)
+    betas: tuple[Positive, Share] = (1.0, 0.5)
+    windows: tuple[Count, ...] = ()
+    name: str = ""  # free
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("routing", "top", "routing='top' is not one of causal, topk"),
+        ("seq_len", 0, "seq_len=0 must be at least 1"),
+        ("limit", -1, "limit=-1 must not be negative"),
+        ("scale", 0.0, "scale=0.0 must be positive"),
+        ("scale", float("nan"), "scale=nan must be positive"),
+        ("decay", -0.5, "decay=-0.5 must not be negative"),
+        ("share", 1.5, "share=1.5 must lie in [0, 1]"),
+        ("top_p", 0.0, "top_p=0.0 must lie in (0, 1]"),
+        ("fraction", 1.0, "fraction=1.0 must lie in [0, 1)"),
+        ("vocab_size", 256, "vocab_size=256 must be at least 257"),
+        ("depth", 1.0, "depth=1.0 must be above 1"),
+        ("num_proc", 0, "num_proc=0 must be at least 1"),
+        ("capacity", 2.0, "capacity=2.0 must lie in [0, 1]"),
+        ("capacity", [0.5, 2.0], "capacity=[0.5, 2.0] must lie in [0, 1]"),
+        ("gates", ["soft", "x"], "gates=['soft', 'x'] is not one of soft, hard"),
+        ("betas", (0.0, 0.5), "betas=(0.0, 0.5) must be positive"),
+        ("windows", (4, 2, 0), "windows=(4, 2, 0) must be at least 1"),
+    ],
+)
+def test_a_value_out_of_its_limits_is_said_in_words(key, value, message):
+    assert problems(Limits(**{key: value})) == [message]
+
+
+def test_values_within_their_limits_are_no_problem():
+    assert problems(Limits()) == []
+    edges = {"seq_len": 1, "share": 1.0, "top_p": 1.0, "fraction": 0.0, "vocab_size": 257, "scale": 1e-9, "num_proc": 3}
+    assert problems(Limits(**edges, capacity=[0.0, 1.0], gates=["hard", "soft"], windows=(1, 2), name="any")) == []
+    assert problems(Limits(seq_len=None)) == []  # a value that is not there has no limits
+    assert problems(Limits(seq_len=0, routing="x")) == [
+        "routing='x' is not one of causal, topk",
+        "seq_len=0 must be at least 1",
+    ]
+
+
+def test_limits_do_not_change_what_is_read():
+    (settings,) = configure("", ["--num_proc=none", "--capacity=0.5,2", "--seq_len=0", "--betas=0.9,0.95"], Limits)
+    assert settings == {"num_proc": None, "capacity": [0.5, 2.0], "seq_len": 0, "betas": (0.9, 0.95)}
+    for argument, message in (
+        ("--routing=top", "routing='top' is not one of causal, topk"),
+        ("--gates=soft,x", "gates='soft,x' is not one of soft, hard"),
+        ("--num_proc=many", "--num_proc: 'many' is not int | None"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            configure("", [argument], Limits)
+        assert str(e.value) == message
+
+
+@dataclass
+class LongRun(Run):
+    max_steps: int = 5000  # of a long run
+    restarts: Count = 3  # times that it may be started again
+
+
+def test_help_has_the_comments_of_base_classes_too(capsys):
+    with pytest.raises(SystemExit):
+        configure("", ["--help"], LongRun)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == [
+        "LongRun:",
+        "--max_steps=5000 of a long run",
+        "--lr=1e-05 learning rate, # and not a comment in a comment",
+        "--compile=False run torch.compile",
+        "--name=None of the run",
+        "--runs=[] folders",
+        "--restarts=3 times that it may be started again",
+        "",
+    ]
+
+
 @pytest.mark.parametrize(
     "body, status, stderr",
     [
@@ -142,7 +246,7 @@ def test_help_lists_every_key_once_with_default_and_meaning(capsys):
     ],
 )
 def test_cli_turns_errors_into_one_line_and_a_status(body, status, stderr):
-    code = f"from configurator import *\ndef main(argv):\n    {body}\ncli(main)"
+    code = f"from configurator import *\nfrom errors import *\ndef main(argv):\n    {body}\ncli(main)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (status, stderr)
 

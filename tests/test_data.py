@@ -12,7 +12,8 @@ from helpers import toy_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import PERIOD, DataError, TokenData, interleave, read_manifest, shuffle
+from data import PERIOD, TokenData, interleave, read_manifest, shuffle
+from errors import DataError
 
 
 def make(folder, sources, dtype="uint16", vocab_size=4096):

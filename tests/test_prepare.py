@@ -18,7 +18,9 @@ from hub import publish_mixture, serve
 from tokenizers import Tokenizer
 
 import prepare
-from data import DataError, TokenData, read_manifest, verify
+import sources
+from data import TokenData, read_manifest, verify
+from errors import ConfigError, DataError
 from tokenizer import train_tokenizer
 
 
@@ -54,7 +56,7 @@ def test_the_default_corpus(tmp_path):
     ids = np.fromfile(tmp_path / "d/train/stdlib-00000.bin", "<u2")
     tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
     head = tokenizer.decode(ids[: 1 + int(np.argmax(ids == manifest["eot_token"]))].tolist(), skip_special_tokens=False)
-    paths = [path for path in prepare.standard_library() if not prepare.held_out(path.read_bytes().decode(), 0.05)]
+    paths = [path for path in sources.standard_library() if not prepare.held_out(path.read_bytes().decode(), 0.05)]
     assert head == paths[0].read_bytes().decode() + "<|endoftext|>"
     assert any(path.name == "topics.py" for path in paths) and not any("site-packages" in str(p) for p in paths)
     verify(tmp_path / "d")
@@ -114,11 +116,11 @@ def test_every_kind_of_file_and_any_number_of_processes(corpus, tmp_path):
 def test_a_long_file_is_cut_at_line_ends(tmp_path):
     lines = [f"line {i} é\r\n" for i in range(40_000)]
     (tmp_path / "long.txt").write_bytes("".join(lines).encode())
-    pieces = [text for text, _ in prepare.read_text(tmp_path / "long.txt")]
+    pieces = [text for text, _ in sources.read_plain(tmp_path / "long.txt")]
     assert "".join(pieces) == "".join(lines) and len(pieces) > 30
-    assert all(piece.endswith("\n") and len(piece.encode()) < prepare.CUT + 100 for piece in pieces)
+    assert all(piece.endswith("\n") and len(piece.encode()) < sources.CUT + 100 for piece in pieces)
     (tmp_path / "one_line.txt").write_text("日本語" * 200_000)
-    assert "".join(text for text, _ in prepare.read_text(tmp_path / "one_line.txt")) == "日本語" * 200_000
+    assert "".join(text for text, _ in sources.read_plain(tmp_path / "one_line.txt")) == "日本語" * 200_000
 
 
 def test_65536_ids_need_uint32(corpus, own, tmp_path):
@@ -168,7 +170,7 @@ def checksums(folder):
 
 @pytest.fixture
 def file_by_file(monkeypatch):
-    monkeypatch.setattr(prepare, "UNIT", 1)  # every file a unit of its own
+    monkeypatch.setattr(sources, "UNIT", 1)  # every file a unit of its own
 
 
 def test_a_failed_run_goes_on_where_it_stopped(corpus, tmp_path, file_by_file):
@@ -235,7 +237,7 @@ def test_kill_at_random_moments(where, corpus, tmp_path):
     folder, _, tok = corpus
     for i in range(12):
         (folder / f"more{i}.txt").write_text(f"{i} more text, naïve or not. " * 8000)
-    launcher = "import prepare; prepare.UNIT = 1; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare, sources; sources.UNIT = 1; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, f"--tokenizer={tok}", "--num_proc=2"]
     argv += [f"--input={folder}"] if where == "local" else ["--sources=[{'id': 'roneneldan/TinyStories'}]"]
     if where == "hub":
@@ -344,7 +346,7 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
     hub, out, _ = mixture
     config = tmp_path / "c.py"
     config.write_text(Path("config/mixture.py").read_text() + "sources = [sources[1], sources[-1]]\n")
-    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare, sources; sources.RETRIES = 2; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, str(config), f"--out_dir={tmp_path}/d", "--num_proc=1"]
     options = {"env": os.environ | hub, "capture_output": True, "text": True}
     hub.server.fail = lambda method, path: 403 if "TinyStories" in path and "train-00002" in path else None
@@ -370,7 +372,7 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
 
 def test_one_failure_while_planning_or_sampling_does_not_end_a_run(mixture, tmp_path):
     hub, _, _ = mixture
-    launcher = "import prepare; prepare.RETRIES = 2; prepare.cli(prepare.main, prepare.DataError)"
+    launcher = "import prepare, sources; sources.RETRIES = 2; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, "--sources=[{'id': 'roneneldan/TinyStories'}]", "--num_proc=1"]
     for name, place in (("plan", "/api/datasets/roneneldan/TinyStories"), ("sample", "train-00002")):
         broken = iter([403])
@@ -412,14 +414,14 @@ for source in json.loads(sys.argv[1]):
     [
         ({"id": "a/b", "shrae": 1}, "sources[0]: unknown key 'shrae'; did you mean share?"),
         ({"id": "a/b", "share": "half"}, "sources[0]: share: 'half' is not float"),
-        ({"id": "a/b", "share": 0}, "share=0.0: above 0, at most 1"),
-        ({"id": "a/b", "weight": -1}, "weight=-1.0 is not a number from 0 on"),
+        ({"id": "a/b", "share": 0}, "share=0.0 must lie in (0, 1]"),
+        ({"id": "a/b", "weight": -1}, "weight=-1.0 must not be negative"),
         ({"name": "x"}, "sources[0]: set either id, a data set of the hub, or input, local files"),
         ({"input": "Makefile"}, "input 'Makefile': the extension is not one of"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(tmp_path, source, message):
-    with pytest.raises((DataError, prepare.ConfigError)) as e:
+    with pytest.raises((DataError, ConfigError)) as e:
         prepare.main([f"--sources=[{source}]", f"--out_dir={tmp_path}/d"])
     assert message in str(e.value) and not (tmp_path / "d").exists()
 
@@ -434,10 +436,10 @@ def test_a_source_that_cannot_be_is_refused(tmp_path, source, message):
         (None, [], "input 'FILE' is no file or folder"),
         (b"x", ["--inptu=x"], "--inptu: unknown key; did you mean input?"),
         (b"x", ["--vocab_size=many"], "--vocab_size: 'many' is not int"),
-        (b"x", ["--vocab_size=256"], "vocab_size=256: 257 at least"),
+        (b"x", ["--vocab_size=256"], "vocab_size=256 must be at least 257"),
         (b"x", ["--tokenizer=a", "--vocab_size=300"], "tokenizer and vocab_size are both set"),
-        (b"x", ["--val_fraction=1"], "val_fraction=1.0: from 0 to below 1"),
-        (b"x", ["--num_proc=0"], "num_proc=0: 1 at least"),
+        (b"x", ["--val_fraction=1"], "val_fraction=1.0 must lie in [0, 1)"),
+        (b"x", ["--num_proc=0"], "num_proc=0 must be at least 1"),
         (b"x", ["--shard=4/4"], "shard='4/4': i/n with i from 0 to n-1"),
         (b"x", ["--tokenizer=./no/such"], "tokenizer './no/such'"),
         (b"x", ["--tokenizer=tests/golden"], "tokenizer 'tests/golden'"),
@@ -508,3 +510,5 @@ def test_help_lists_every_key():
     done = script("--help")
     keys = "input text_key tokenizer vocab_size out_dir val_fraction num_proc shard sources"
     assert done.returncode == 0 and all(f"--{key}=" in done.stdout for key in keys.split())
+    for line in re.findall(r"^  --\w+=.*", done.stdout, re.MULTILINE):
+        assert re.search(r"\S  +\S", line), f"no meaning: {line}"

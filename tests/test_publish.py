@@ -209,7 +209,7 @@ def test_the_card(architecture, tmp_path):
 
 
 def test_hostile_names_stay_text(tmp_path):
-    evil = "x\n---\nlicense: mit\n---\n# Owned `|` <script>alert(1)</script>"
+    evil = "x\n---\nlicense: mit\n---\n# Owned `|` <script>alert(1)</script> ${steps} <!-- end -->"
     small_model("dense").save_pretrained(tmp_path)
     source = {"from": {"id": evil, "subset": evil, "commit": evil}, "weight": 1.0, "tokens": 1}
     publish.describe(
@@ -219,6 +219,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert "license" not in head and "datasets" not in head
     lines = [line for line in body.splitlines() if "Owned" in line]
     assert len(lines) >= 3 and all(line.startswith(("    ", "| `")) or "`x ---" in line for line in lines)
+    assert all("${steps} <!-- end -->" in line for line in lines if "`x ---" in line)  # nor does it fill the template
     assert not re.search(r"^(---|# Owned|license)", body, re.MULTILINE)
     facts = publish.facts("../Qwen", {"sources": {}, "tokenizer": "t", "eot_token": 0}, ["--out_dir=a b"])
     assert facts["base_model"] is None and facts["commands"] == ["python train.py '--out_dir=a b'"]

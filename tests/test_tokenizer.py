@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 
 import tokenizer
-from data import DataError
+from errors import DataError
 
 TEXTS = [path.read_text() for path in sorted(Path().glob("*.py"))]  # something to train small tokenizers on
 
