@@ -92,7 +92,7 @@ def open_tensors(directory: str, paths: list[str], expected: dict[str, tuple], i
             if name in ignored:
                 continue
             if name not in expected:
-                raise ModelError(f"{directory}: unknown tensor {name}, which has no place in this architecture")
+                raise ModelError(f"{directory}: unknown tensor {name}, which has no place in this model")
             if shape != expected[name]:
                 raise ModelError(f"{directory}: {name} has shape {shape}, {expected[name]} is expected")
             if name in readers:

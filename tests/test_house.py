@@ -1,0 +1,78 @@
+"""The house itself, from its sources: who imports whom, and how long a function is."""
+
+import ast
+from pathlib import Path
+
+from architectures import ARCHITECTURES
+from blocks import Block, RoutedBlock
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+SCRIPTS = {"bench", "plot", "prepare", "sample", "train"}
+LEAVES = {"configurator", "data", "errors", "files", "kernels", "routers"}  # which know nobody but each other
+
+
+def imported(tree) -> set[str]:
+    """The project's own files that one of them imports, wherever in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names & FILES.keys()
+
+
+IMPORTS = {name: imported(tree) for name, tree in FILES.items()}
+
+
+def test_no_file_reaches_itself_through_its_imports():
+    def reached(name, seen):
+        for other in IMPORTS[name] - seen:
+            seen |= reached(other, seen | {other})
+        return seen
+
+    assert [name for name in FILES if name in reached(name, set())] == []
+    assert "kernels" in reached("train", set()) and len(FILES) > 20  # it does follow them
+
+
+def test_scripts_take_no_helper_from_scripts():
+    """train.py starts bench.py at its very end, and asks it beforehand whether it knows the tasks."""
+    found = {name: IMPORTS[name] & SCRIPTS for name in FILES}
+    assert found.pop("train") == {"bench"}
+    assert not any(found.values()), found
+    of_bench = {
+        node.attr
+        for node in ast.walk(FILES["train"])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bench"
+    }
+    assert of_bench == {"check", "main"}
+
+
+def test_the_leaves_know_nobody():
+    assert {name: IMPORTS[name] - LEAVES for name in LEAVES if IMPORTS[name] - LEAVES} == {}
+
+
+def test_an_architectures_names_stand_in_its_own_file():
+    """No other file compares with, or looks up, the name of an architecture or of a module that one adds."""
+    kinds = {kind for top in ARCHITECTURES.values() for kind in (top, top.below) if kind}
+    theirs = set(ARCHITECTURES) | {part for kind in kinds for part in kind.parts.keys() - RoutedBlock.parts.keys()}
+    theirs |= {kind.__name__ for kind in kinds} - {Block.__name__}
+    theirs -= {"dense", "router"}  # the parent of every conversion; a rate group, and a setting of every architecture
+    assert theirs == {"mod", "dtf", "stt", "prior", "transition", "MoDBlock", "DynamicBlock", "STTBlock", "DecisionBlock"}
+    for name, tree in FILES.items():
+        if name == "architectures":
+            continue
+        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        strings |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        strings |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        allowed = {"optimizer": {"prior"}, "blocks": {"prior"}}.get(name, set())  # the rate group of predictors
+        assert {s for s in strings if isinstance(s, str)} & theirs <= allowed, name
+
+
+def test_a_function_fits_on_a_screen():
+    for name, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{name}.{node.name} has {length} lines"
