@@ -1,0 +1,95 @@
+"""Causal inference as it is measured: routers that are brought to a capacity, and decoding, step by step, of given ids."""
+
+import math
+
+import torch
+
+from model import Transformer, compiled_step
+
+
+@torch.inference_mode()
+def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
+    """Shifts every causal router so that it selects the share `capacity` of the tokens of ids (B, T).
+
+    Layer by layer, from below: what a layer selects changes what the next one reads. Moves the bias of a causal router,
+    or the threshold itself where causal_decision="threshold".
+    """
+    by_score = model.config.causal_decision == "threshold"
+    for layer in model.routed:
+        tokens = model.model(ids, routing="causal")[1][layer.index].tokens
+        values = tokens["score"] if by_score else tokens["causal_probability"].logit(1e-7)
+        cut = cut_above(values, capacity)
+        if by_score:
+            layer.threshold.fill_(cut)
+        else:
+            threshold = model.config.causal_threshold
+            layer.causal_router.bias += math.log(threshold / (1 - threshold)) - cut
+
+
+def cut_above(values: torch.Tensor, share: float) -> float:
+    """A value that the share `share` of `values` lies above, half-way between two of them."""
+    values = values.flatten().sort().values
+    skipped = round((1 - share) * len(values))
+    below = values[skipped - 1] if skipped else values[0] - 16  # all, also of other text
+    above = values[min(skipped, len(values) - 1)]
+    return ((below + above) / 2).item()
+
+
+class Decoder:
+    """Decodes ids (B, T) behind their first `prompt` tokens: each call the next `steps`, whatever the model would say."""
+
+    def __init__(self, model, ids: torch.Tensor, prompt: int, steps: int):
+        self.model, self.ids, self.position, self.steps = model, ids, prompt, steps
+        self.masks = []  # of every step so far {routed layer: (B, 1) bool}; none where steps are compiled
+        self.cache = model.new_cache(*ids.shape)
+        model(ids[:, :prompt], routing="causal", cache=self.cache)
+        self.compiled_step = None
+        if getattr(model, "decodes_compiled", False):
+            self.compiled_step = compiled_step(model.head_weight.is_cuda)
+            self.cache = model.static_cache(self.cache)
+
+    def __call__(self):
+        for _ in range(self.steps):
+            ids = self.ids[:, self.position : self.position + 1]  # (B, 1)
+            self.position += 1
+            if self.compiled_step:
+                self.compiled_step(self.model, ids, self.cache).argmax(-1)
+                continue
+            out = self.model(ids, routing="causal", cache=self.cache, return_masks=True)
+            out.logits.argmax(-1)
+            self.masks.append(getattr(out, "masks", None))
+
+    def rates(self, layers) -> tuple[dict[int, float], dict[int, float]]:
+        """({routed layer: share of the tokens that it selected}, {routed layer: share of steps in which any row ran})."""
+        selected, ran = {}, {}
+        for layer in layers:
+            masks = torch.stack([by_layer[layer] for by_layer in self.masks]).float()  # (steps, B, 1)
+            selected[layer] = masks.mean().item()
+            ran[layer] = masks.amax(1).mean().item()
+        return selected, ran
+
+
+def decode_bytes(
+    model: Transformer, batch: int, context: float, selected: dict[int, float], ran: dict[int, float]
+) -> float:
+    """Bytes of weights, keys and values that one decoding step of `batch` rows behind `context` tokens must read.
+
+    selected: {routed layer: share of the tokens that it selects}; ran: {routed layer: share of steps in which any row ran}.
+    """
+
+    def nbytes(*modules):
+        return sum(p.nbytes for module in modules for p in module.parameters())
+
+    cfg = model.config
+    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * model.head_weight.element_size()  # of one token in one layer
+    total = model.head_weight.nbytes + nbytes(model.model.norm)
+    for i, layer in enumerate(model.model.layers):
+        block = nbytes(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+        idle = nbytes(layer.transition) if hasattr(layer, "transition") else 0  # serves training only
+        # A prior is read only for the gate of the layer behind it, where that runs.
+        if hasattr(layer, "prior") and cfg.causal_decision == "router":
+            used = 0 if cfg.gate == "straight_through" else ran[i + 1]
+            idle = (1 - used) * nbytes(layer.prior)
+        share = selected.get(i, 1.0)
+        total += nbytes(layer) - block - idle + ran.get(i, 1.0) * block + batch * share * (share * context) * kv
+    return total
