@@ -101,9 +101,11 @@ class BenchConfig:
         return self.seq_len + self.decoded_tokens + self.compile * self.decode_steps
 
     @property
-    def model_folder(self) -> str:
-        """Where results of the model go: its own folder, or one in out/ for a model of the hub."""
-        return self.model_path if os.path.isdir(self.model_path) else os.path.join("out", self.model_path)
+    def lm_eval_path(self) -> str:
+        """Where lm-eval's results go: by default the model's own folder, or one in out/ for a model of the hub."""
+        folder = self.model_path if os.path.isdir(self.model_path) else os.path.join("out", self.model_path)
+        part = f"-limit{self.limit}" if self.limit else ""
+        return self.output_path or os.path.join(folder, f"eval-{self.routing}{part}.json")
 
 
 def check(argv):
@@ -129,7 +131,7 @@ def about(cfg: BenchConfig, device) -> dict:
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 
-def measure(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> tuple[dict, list[str]]:
+def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> tuple[dict, list[str]]:
     """Runs the tasks speed and flops: (their results and what they were measured with, what is slower than the baseline).
 
     model: a trained one, or None for random weights of cfg.size and the keys in model_set.
@@ -166,7 +168,7 @@ def main(argv):
     model = tokenizer = None
     if cfg.model_path:
         model, tokenizer = open_model(cfg.model_path, str(device))
-    document, slower = measure(cfg, model, model_set, device, autocast, dtype)
+    document, slower = costs(cfg, model, model_set, device, autocast, dtype)
     if model:
         model.to_dtype(dtype)
     if "perplexity" in cfg.tasks:
@@ -176,8 +178,7 @@ def main(argv):
         draw_sweep(document["capacity"], cfg.model_path)
     path, missing = cfg.output_path, []
     if tasks:
-        part = f"-limit{cfg.limit}" if cfg.limit else ""
-        path = path or os.path.join(cfg.model_folder, f"eval-{cfg.routing}{part}.json")
+        path = cfg.lm_eval_path
         document, missing = evaluate(cfg, model, tokenizer, manager, tasks, path, document)
     print("\n" + json.dumps(document, default=str))
     if path and rank() == 0:

@@ -37,7 +37,7 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
         row["flops_per_token"] = model.flops_per_token(cfg.seq_len, capacity=list(selected.values()))
         rows.append(row)
         decoder = Decoder(model, decoded, cfg.seq_len, cfg.decode_steps)
-        runs[capacity] = partial(decode_as, model, decision_state(model), decoder)
+        runs[len(runs)] = partial(decode_as, model, decision_state(model), decoder)
     times = interleaved(runs, ids.device, cfg.warmup, cfg.repeats)
     model.load_state_dict(trained, strict=False)
     for row, seconds in zip(rows, times.values(), strict=True):
