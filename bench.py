@@ -30,6 +30,7 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 
+from architectures import ARCHITECTURES
 from capacity import capacity_sweep, draw_sweep
 from configurator import Amount, Count, Range, cli, configure, problems
 from device import device_name, peak_flops, pick_device
@@ -37,11 +38,11 @@ from errors import ConfigError
 from files import write_whole
 from flops import flops_table
 from harness import evaluate, find_tasks, log_to_wandb
-from model import ARCHITECTURES, ModelConfig
+from model import ModelConfig
 from parallel import local_rank, rank, say, start_ranks, world
 from publish import git_revision
 from scoring import perplexity
-from speed import MEASURES, Measure, read_baseline, regressions, speed, speed_models, variant
+from speed import MEASURES, ROUTED, Measure, read_baseline, regressions, speed, speed_models, variant
 from trained import open_model
 
 OWN_TASKS = ("speed", "flops", "perplexity", "capacity")  # the others are lm-eval's
@@ -139,7 +140,7 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> 
     if model:
         shape, names = model.config, [model.config.architecture]
     else:
-        shape = ModelConfig.preset(cfg.size, **{"architecture": "mod"} | model_set)
+        shape = ModelConfig.preset(cfg.size, **{"architecture": ROUTED[0]} | model_set)
         names = [shape.architecture] if "architecture" in model_set else ARCHITECTURES
     baseline, slower = read_baseline(cfg.baseline, cfg, shape), []
     document = about(cfg, device)

@@ -242,7 +242,7 @@ def print_results(cfg, model: Transformer, results: dict, path: str):
     import lm_eval
 
     protocols = {"causal": "causal routing", "topk": "top-k routing, which looks at the future (generation: causal)"}
-    title = f"{cfg.model_path}: {protocols[cfg.routing] if model.routed else 'dense'}"
+    title = f"{cfg.model_path}: {protocols[cfg.routing] if model.routed else model.config.architecture}"
     if cfg.limit:
         title += f", the first {cfg.limit} examples of each task"
     print(f"\n{title}")

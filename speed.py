@@ -1,6 +1,6 @@
 """How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise.
 
-`cfg` is bench.py's settings everywhere. Of the models, the first is the one that ratios refer to.
+`cfg` is bench.py's settings everywhere. Of the models, the dense one is what ratios refer to.
 """
 
 import copy
@@ -15,6 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from architectures import ARCHITECTURES
+from blocks import RoutedBlock
 from errors import ConfigError
 from inference import Decoder, calibrate, decode_bytes
 from measure import cached, interleaved
@@ -25,13 +27,16 @@ from tables import print_table
 Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8"]
 MEASURES = get_args(Measure)
 PEER = "transformers"
+DENSE = next(iter(ARCHITECTURES))
+ROUTED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, RoutedBlock)]
 SLOWER = 1.05  # times what it was in a baseline
 
 
 def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
-    """`shape` as another architecture; what only routed layers have, dense drops."""
-    dense = {"capacity": 0.5, "router": "learned"} if architecture == "dense" else {}
-    return replace(shape, architecture=architecture, **dense | changes)
+    """`shape` as another architecture; what only routed layers have, one without them drops."""
+    if architecture not in ROUTED:
+        changes |= {"capacity": ModelConfig.capacity, "router": ModelConfig.router}
+    return replace(shape, architecture=architecture, **changes)
 
 
 def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, device) -> dict[str, Transformer]:
@@ -43,7 +48,7 @@ def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, de
             f"max_position_embeddings={shape.max_position_embeddings}: lower seq_len, decode_steps or repeats"
         )
     models = {}
-    for name in dict.fromkeys(["dense", *names]):
+    for name in dict.fromkeys([DENSE, *names]):
         if trained and name == shape.architecture:
             models[name] = trained
             continue
@@ -122,8 +127,8 @@ class Suite:
 
     def __init__(self, cfg, models: dict[str, Transformer], device, peak: float | None):
         self.cfg, self.models, self.device, self.peak = cfg, models, device, peak
-        self.reference = next(iter(models))
-        self.variants = {PEER: Peer(models[self.reference]).to(device), **models}
+        self.dense = models[DENSE]
+        self.variants = {PEER: Peer(self.dense).to(device), **models}
         self.compiled = {name: compiled(model) for name, model in self.variants.items()} if cfg.compile else {}
         self.rows, self.memory = [], {}
         for name, model in self.variants.items():
@@ -134,7 +139,7 @@ class Suite:
         self.selected = {}  # {architecture: {routed layer: share of the tokens that causal routing selects}}
 
     def random_ids(self, *shape: int) -> torch.Tensor:
-        return torch.randint(self.models[self.reference].config.vocab_size, shape, device=self.device)
+        return torch.randint(self.dense.config.vocab_size, shape, device=self.device)
 
     def time(self, run, compiled: dict | None = None) -> dict:
         """Seconds of run(model, name), {(name, compiled): one a round}, of every variant and the models in `compiled`."""
@@ -158,9 +163,9 @@ class Suite:
             low, median, high = quartiles(seconds)
             row = {"measure": measure, "variant": name, "compiled": is_compiled, "seconds": median / steps}
             row |= {"quartiles": [low / steps, high / steps], "tokens_per_s": tokens / median}
-            row["ratio"] = median_ratio(seconds, times[self.reference, is_compiled])
+            row["ratio"] = median_ratio(seconds, times[DENSE, is_compiled])
             if name in promised:
-                row["promised"] = promised[name] / promised[self.reference]
+                row["promised"] = promised[name] / promised[DENSE]
                 row["efficiency"] = row["promised"] / row["ratio"]
                 if measure.startswith("decode"):
                     row["gb_per_s"] = promised[name] / row["seconds"] / 1e9
@@ -284,7 +289,7 @@ def causal(suite: Suite):
 def prefill(suite: Suite):
     B, T = suite.x.shape
     times = suite.time(lambda model, _: model(suite.x, routing="causal", cache=model.new_cache(B, T)))
-    config = suite.models[suite.reference].config
+    config = suite.dense.config
     head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
     flops = {name: flops - head for name, flops in causal_flops(suite).items()}
     suite.report("prefill", times, B * T, flops)
