@@ -23,29 +23,27 @@ def count_flops(config: ModelConfig, seq_len: int) -> tuple[dict[str, float], fl
         out = model(ids)
         by_module = counter.get_flop_counts()
         (F.cross_entropy(out.logits[0], ids[0]) + sum(out.losses.values())).backward()
-    components = by_component(by_module)
+    components = by_component(model, by_module)
     return {name: flops / seq_len for name, flops in components.items()}, counter.get_total_flops() / seq_len
 
 
-def by_component(by_module: dict[str, dict]) -> dict[str, float]:
+def by_component(model: Transformer, by_module: dict[str, dict]) -> dict[str, float]:
     """Adds up what FlopCounterMode found in each module, {module: {operation: FLOPs}}."""
     total = {name: sum(operations.values()) for name, operations in by_module.items()}
     names = ("attention, projections", "attention, products", "MLP", "priors", "routers", "head")
     components = dict.fromkeys(names, 0)
     components["head"] = total["Transformer"] - total["Transformer.model"]
-    for name, flops in total.items():
-        place = name.split(".")[3:]  # Transformer.model.layers.{i}.mlp.down_proj
-        if place[1:] == ["self_attn"]:
-            products = sum(n for operation, n in by_module[name].items() if "bmm" in str(operation))
-            components["attention, projections"] += flops - products
-            components["attention, products"] += products
-        elif place[1:] == ["mlp"]:
-            components["MLP"] += flops
-        elif place[1:] in (["prior"], ["transition"]):
-            components["priors"] += flops
-        elif len(place) == 1:  # what a layer does itself, outside its parts
-            parts = ("self_attn", "mlp", "prior", "transition")
-            components["routers"] += flops - sum(total.get(f"{name}.{part}", 0) for part in parts)
+    for i, layer in enumerate(model.model.layers):
+        path = f"Transformer.model.layers.{i}"
+        operations = by_module.get(f"{path}.self_attn", {})
+        products = sum(flops for operation, flops in operations.items() if "bmm" in str(operation))
+        attention, mlp = sum(operations.values()), total.get(f"{path}.mlp", 0)
+        priors = sum(total.get(f"{path}.{part}", 0) for part, group in layer.parts.items() if group == "prior")
+        components["attention, projections"] += attention - products
+        components["attention, products"] += products
+        components["MLP"] += mlp
+        components["priors"] += priors
+        components["routers"] += total[path] - attention - mlp - priors  # what is left of the layer
     return components
 
 
