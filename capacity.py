@@ -28,7 +28,7 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
     windows = windows[: 2 * cfg.limit or None]  # (n, T + 1)
     calibrating, held_out = windows[::2][:CALIBRATING, :-1], windows[1::2]
     decoded = ids[None, : cfg.seq_len + cfg.decoded_tokens]
-    rows, runs, trained = [], {}, decision_state(model)
+    rows, runs, trained = [], {}, decisions_of(model)
     for capacity in [None, *sorted(cfg.capacities)]:
         if capacity is not None:
             calibrate(model, calibrating, capacity)
@@ -37,9 +37,9 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
         row["flops_per_token"] = model.flops_per_token(cfg.seq_len, capacity=list(selected.values()))
         rows.append(row)
         decoder = Decoder(model, decoded, cfg.seq_len, cfg.decode_steps)
-        runs[len(runs)] = partial(decode_as, model, decision_state(model), decoder)
+        runs[len(runs)] = partial(decode_as, model, decisions_of(model), decoder)
     times = interleaved(runs, ids.device, cfg.warmup, cfg.repeats)
-    model.load_state_dict(trained, strict=False)
+    decide_as(model, trained)
     for row, seconds in zip(rows, times.values(), strict=True):
         row["decode_tokens_per_s"] = cfg.decode_steps / statistics.median(seconds)
     print_sweep(rows)
@@ -61,14 +61,18 @@ def sweep_text(cfg, model: Transformer, tokenizer) -> torch.Tensor:
     return ids
 
 
-def decision_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """A copy of what `calibrate` moves."""
-    moved = ("causal_router.bias", "threshold")
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(moved)}
+def decisions_of(model: Transformer) -> list[dict[str, torch.Tensor]]:
+    """A copy of what `calibrate` moves in each routed layer."""
+    return [layer.decision_state() for layer in model.routed]
 
 
-def decode_as(model: Transformer, state: dict[str, torch.Tensor], decoder: Decoder):
-    model.load_state_dict(state, strict=False)
+def decide_as(model: Transformer, decisions: list[dict[str, torch.Tensor]]):
+    for layer, state in zip(model.routed, decisions, strict=True):
+        layer.load_state_dict(state, strict=False)
+
+
+def decode_as(model: Transformer, decisions: list[dict[str, torch.Tensor]], decoder: Decoder):
+    decide_as(model, decisions)
     decoder()
 
 

@@ -1,7 +1,5 @@
 """Causal inference as it is measured: routers that are brought to a capacity, and decoding, step by step, of given ids."""
 
-import math
-
 import torch
 
 from model import Transformer, compiled_step
@@ -9,21 +7,16 @@ from model import Transformer, compiled_step
 
 @torch.inference_mode()
 def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
-    """Shifts every causal router so that it selects the share `capacity` of the tokens of ids (B, T).
+    """Shifts the causal decision of every routed layer so that it selects the share `capacity` of the tokens of ids (B, T).
 
-    Layer by layer, from below: what a layer selects changes what the next one reads. Moves the bias of a causal router,
-    or the threshold itself where causal_decision="threshold".
+    Layer by layer, from below: what a layer selects changes what the next one reads.
     """
-    by_score = model.config.causal_decision == "threshold"
     for layer in model.routed:
-        tokens = model.model(ids, routing="causal")[1][layer.index].tokens
-        values = tokens["score"] if by_score else tokens["causal_probability"].logit(1e-7)
-        cut = cut_above(values, capacity)
-        if by_score:
-            layer.threshold.fill_(cut)
-        else:
-            threshold = model.config.causal_threshold
-            layer.causal_router.bias += math.log(threshold / (1 - threshold)) - cut
+        unset_is_zero = {name: tensor.nan_to_num() for name, tensor in layer.decision_state().items()}
+        layer.load_state_dict(unset_is_zero, strict=False)  # a threshold that no training has set has no margins
+        cache = model.new_cache(*ids.shape)  # with one, logits are those of the last token only: little memory
+        out = model(ids, routing="causal", cache=cache, return_masks=True)
+        layer.shift_decision(cut_above(out.tokens[layer.index]["margin"], capacity))
 
 
 def cut_above(values: torch.Tensor, share: float) -> float:
