@@ -2,7 +2,8 @@
 
 import torch
 
-from model import Transformer, compiled_step
+from generation import compiled_step
+from model import Transformer
 
 
 @torch.inference_mode()
@@ -60,29 +61,3 @@ class Decoder:
             selected[layer] = masks.mean().item()
             ran[layer] = masks.amax(1).mean().item()
         return selected, ran
-
-
-def decode_bytes(
-    model: Transformer, batch: int, context: float, selected: dict[int, float], ran: dict[int, float]
-) -> float:
-    """Bytes of weights, keys and values that one decoding step of `batch` rows behind `context` tokens must read.
-
-    selected: {routed layer: share of the tokens that it selects}; ran: {routed layer: share of steps in which any row ran}.
-    """
-
-    def nbytes(*modules):
-        return sum(p.nbytes for module in modules for p in module.parameters())
-
-    cfg = model.config
-    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * model.head_weight.element_size()  # of one token in one layer
-    total = model.head_weight.nbytes + nbytes(model.model.norm)
-    for i, layer in enumerate(model.model.layers):
-        block = nbytes(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-        idle = nbytes(layer.transition) if hasattr(layer, "transition") else 0  # serves training only
-        # A prior is read only for the gate of the layer behind it, where that runs.
-        if hasattr(layer, "prior") and cfg.causal_decision == "router":
-            used = 0 if cfg.gate == "straight_through" else ran[i + 1]
-            idle = (1 - used) * nbytes(layer.prior)
-        share = selected.get(i, 1.0)
-        total += nbytes(layer) - block - idle + ran.get(i, 1.0) * block + batch * share * (share * context) * kv
-    return total

@@ -18,7 +18,7 @@ import torch
 from architectures import ARCHITECTURES
 from blocks import RoutedBlock
 from errors import ConfigError
-from inference import Decoder, calibrate, decode_bytes
+from inference import Decoder, calibrate
 from measure import cached, interleaved
 from model import ModelConfig, Transformer
 from parallel import say
@@ -306,7 +306,7 @@ def decode(suite: Suite, batch: int):
     times = suite.time(lambda model, _: decoders[model](), by_steps)
     nbytes, context = {}, cfg.seq_len + cfg.decoded_tokens / 2
     for name, model in suite.models.items():
-        nbytes[name] = decode_bytes(model, batch, context, *decoders[model].rates(model.config.routed_layers))
+        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates(model.config.routed_layers))
     suite.report(f"decode{batch}", times, batch * cfg.decode_steps, nbytes, steps=cfg.decode_steps)
 
 

@@ -19,7 +19,7 @@ import bench
 from errors import ConfigError, DataError, ModelError
 from flops import count_flops
 from harness import find_tasks, lm_eval_model
-from inference import calibrate, decode_bytes
+from inference import calibrate
 from measure import interleaved
 from model import ModelConfig, Transformer
 from speed import MEASURES, Peer
@@ -373,16 +373,16 @@ def test_decode_bytes():
     """Closed forms: float32, d = 32, FFN 48, 8-wide heads (4, 2 for keys and values), 5 layers, vocabulary 97."""
     block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16 + 3 * 32 * 48 + 2 * 32)
     head, kv = 4 * (97 * 32 + 32), 2 * 16 * 4
-    dense = decode_bytes(small_model("dense"), 3, 100, {}, {})
+    dense = small_model("dense").decode_bytes(3, 100, {}, {})
     assert dense == head + 5 * block + 5 * 3 * 100 * kv
-    stt = decode_bytes(small_model("stt"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
+    stt = small_model("stt").decode_bytes(3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
     routers = 2 * 4 * (4 + 65)  # gate scalars and causal routers; the transition networks do not run
     cached = 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
     assert stt == head + 4.5 * block + routers + cached
     prior = 4 * (3 * 32 * 8 + 32)  # runs where the layer behind it does
     ran = {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5}
-    assert decode_bytes(small_model("dtf"), 3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
-    ungated = decode_bytes(small_model("dtf", gate="straight_through"), 3, 100, *ran)
+    assert small_model("dtf").decode_bytes(3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
+    ungated = small_model("dtf", gate="straight_through").decode_bytes(3, 100, *ran)
     assert ungated == head + 4.5 * block + routers + cached
 
 
@@ -422,7 +422,7 @@ def test_speed_suite(tmp_path, capsys):
         if row["variant"] == "dense":
             assert row["ratio"] == row["promised"] == row["efficiency"] == 1
             if row["measure"] == "decode1":
-                read = decode_bytes(models["dense"], 1, 40, {}, {})  # between 32 and 48 tokens
+                read = models["dense"].decode_bytes(1, 40, {}, {})  # between 32 and 48 tokens
                 assert row["gb_per_s"] == pytest.approx(read / row["seconds"] / 1e9)
         elif row["variant"] != "transformers":
             assert row["efficiency"] == pytest.approx(row["promised"] / row["ratio"])
