@@ -16,9 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from configurator import ConfigError
-from data import DataError
-from model import ModelConfig, ModelError, Transformer
+from errors import ConfigError, DataError, ModelError
+from flops import count_flops
+from harness import find_tasks, lm_eval_model
+from inference import calibrate
+from measure import interleaved
+from model import ModelConfig, Transformer
+from speed import MEASURES, Peer
+from tokenizer import EOT
 
 ROOT = Path(bench.__file__).parent
 TEXT = (ROOT / "routers.py").read_text()
@@ -33,7 +38,7 @@ def tokenizer():
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[bench.EOT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator([TEXT], trainer)
     return made
@@ -108,8 +113,8 @@ def requests_of(*arguments):
     return [types.SimpleNamespace(args=args) for args in arguments]
 
 
-def our_lm(model, tokenizer, **settings):
-    return bench.lm_eval_model(model.eval(), tokenizer, bench.BenchConfig(model_path="x", tasks=["x"], **settings))
+def our_lm(model, tokenizer, routing="causal", batch_size=4):
+    return lm_eval_model(model.eval(), tokenizer, routing, batch_size)
 
 
 def ask(lm):
@@ -134,7 +139,7 @@ def hflm(folder, tokenizer):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=bench.EOT, pad_token=bench.EOT)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT, pad_token=EOT)
     return HFLM(pretrained=Qwen2ForCausalLM.from_pretrained(folder), tokenizer=fast, batch_size=1)
 
 
@@ -329,7 +334,7 @@ def test_capacity_sweep(folders, tokenizer, tmp_path, capsys):
 def test_calibrated_routers_select_the_share(decision, capacity):
     model = small_model("dtf", causal_decision=decision, num_hidden_layers=6)
     ids = random_ids(4, 50)
-    bench.calibrate(model, ids, capacity)
+    calibrate(model, ids, capacity)
     with torch.no_grad():
         masks = model(ids, routing="causal", return_masks=True).masks
     assert [mask.sum().item() for mask in masks.values()] == [200 * capacity] * 3
@@ -349,7 +354,7 @@ def test_flops_equal_those_that_torch_counts_on_a_real_step(architecture):
         loss = F.cross_entropy(out.logits.flatten(0, 1), y.flatten()) + sum(out.losses.values())
         loss.backward()
     real = counter.get_total_flops() / T
-    parts, counted = bench.count_flops(config, T)
+    parts, counted = count_flops(config, T)
     assert counted == real
     assert model.flops_per_token(T, training=True) == pytest.approx(real, rel=0.01)
     detached = 4 * config.hidden_size * len(config.routed_layers)  # of causal routers: no input gradient
@@ -358,7 +363,7 @@ def test_flops_equal_those_that_torch_counts_on_a_real_step(architecture):
     router = {"dense": 0, "mod": 2 * (4 + 2) * 32, "dtf": 2 * 4 * 32, "stt": 2 * 4 * 32}[architecture]
     assert parts["routers"] == router
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        bench.calibrate(model, x, 0.4)
+        calibrate(model, x, 0.4)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x, routing="causal")
     assert model.flops_per_token(T) == pytest.approx(counter.get_total_flops() / T, rel=0.01)
@@ -368,33 +373,33 @@ def test_decode_bytes():
     """Closed forms: float32, d = 32, FFN 48, 8-wide heads (4, 2 for keys and values), 5 layers, vocabulary 97."""
     block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16 + 3 * 32 * 48 + 2 * 32)
     head, kv = 4 * (97 * 32 + 32), 2 * 16 * 4
-    dense = bench.decode_bytes(small_model("dense"), 3, 100, {}, {})
+    dense = small_model("dense").decode_bytes(3, 100, {}, {})
     assert dense == head + 5 * block + 5 * 3 * 100 * kv
-    stt = bench.decode_bytes(small_model("stt"), 3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
+    stt = small_model("stt").decode_bytes(3, 100, {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5})
     routers = 2 * 4 * (4 + 65)  # gate scalars and causal routers; the transition networks do not run
     cached = 3 * 100 * kv * (3 + 0.5**2 + 0.25**2)
     assert stt == head + 4.5 * block + routers + cached
     prior = 4 * (3 * 32 * 8 + 32)  # runs where the layer behind it does
     ran = {1: 0.5, 3: 0.25}, {1: 1.0, 3: 0.5}
-    assert bench.decode_bytes(small_model("dtf"), 3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
-    ungated = bench.decode_bytes(small_model("dtf", gate="straight_through"), 3, 100, *ran)
+    assert small_model("dtf").decode_bytes(3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
+    ungated = small_model("dtf", gate="straight_through").decode_bytes(3, 100, *ran)
     assert ungated == head + 4.5 * block + routers + cached
 
 
 def test_the_peer_is_our_dense_model():
     model = small_model("dense")
-    peer, ids = bench.Peer(model).eval(), random_ids(2, 30)
+    peer, ids = Peer(model).eval(), random_ids(2, 30)
     with torch.no_grad():
         assert relative_error(peer(ids).logits, model(ids).logits) < 1e-5
         loss = model(ids[:, :-1], ids[:, 1:]).loss
         assert peer(ids, ids).loss.item() == pytest.approx(loss.item(), rel=1e-5)
-        said = []
+        logits = []
         for either in (model, peer):
             cache = either.new_cache(2, 30)
             steps = [either(ids[:, :20], routing="causal", cache=cache)]
             steps += [either(ids[:, t : t + 1], routing="causal", cache=cache) for t in range(20, 30)]
-            said.append(torch.cat([step.logits for step in steps], 1))
-        assert said[0].shape == (2, 11, 97) and relative_error(said[1], said[0]) < 1e-5
+            logits.append(torch.cat([step.logits for step in steps], 1))
+        assert logits[0].shape == (2, 11, 97) and relative_error(logits[1], logits[0]) < 1e-5
 
 
 def test_speed_suite(tmp_path, capsys):
@@ -404,7 +409,7 @@ def test_speed_suite(tmp_path, capsys):
     assert json.loads((tmp_path / "speed.json").read_text()) == document
     rows = document["speed"]["rows"]
     by = {(row["measure"], row["variant"]): row for row in rows}
-    assert set(by) == {(m, v) for m in bench.MEASURES for v in ("transformers", *ARCHITECTURES)}
+    assert set(by) == {(m, v) for m in MEASURES for v in ("transformers", *ARCHITECTURES)}
     models = {
         a: Transformer(ModelConfig(architecture=a, vocab_size=128, hidden_size=32, num_hidden_layers=4,
                                    intermediate_size=64, capacity=0.25))
@@ -417,7 +422,7 @@ def test_speed_suite(tmp_path, capsys):
         if row["variant"] == "dense":
             assert row["ratio"] == row["promised"] == row["efficiency"] == 1
             if row["measure"] == "decode1":
-                read = bench.decode_bytes(models["dense"], 1, 40, {}, {})  # between 32 and 48 tokens
+                read = models["dense"].decode_bytes(1, 40, {}, {})  # between 32 and 48 tokens
                 assert row["gb_per_s"] == pytest.approx(read / row["seconds"] / 1e9)
         elif row["variant"] != "transformers":
             assert row["efficiency"] == pytest.approx(row["promised"] / row["ratio"])
@@ -430,7 +435,7 @@ def test_speed_suite(tmp_path, capsys):
         share = memory["kv_bytes_per_token"] / document["speed"]["memory"]["dense"]["kv_bytes_per_token"]
         assert share == pytest.approx((1 + memory["causal_capacity"]) / 2, rel=1e-6)
     assert document["speed"]["memory"]["dense"]["kv_bytes_per_token"] == 4 * 2 * 2 * 8 * 4  # layers, K and V, heads
-    forward = {a: sum(bench.count_flops(models[a].config, 32)[0].values()) for a in ("stt", "dense")}
+    forward = {a: sum(count_flops(models[a].config, 32)[0].values()) for a in ("stt", "dense")}
     assert by["forward", "stt"]["promised"] == pytest.approx(forward["stt"] / forward["dense"])  # with its dense pass
     kept = {name: m["activation_bytes"] for name, m in document["speed"]["memory"].items()}
     assert kept["mod"] < 0.8 * kept["dense"]
@@ -476,8 +481,7 @@ def test_a_baseline_is_kept_and_compared_with(tmp_path, capsys):
 
 def test_interleaved_turns_around_and_leaves_out_the_warm_up():
     seen = []
-    cfg = bench.BenchConfig(repeats=2, warmup=1)
-    times = bench.interleaved({n: lambda n=n: seen.append(n) for n in "abc"}, cfg, torch.device("cpu"))
+    times = interleaved({n: lambda n=n: seen.append(n) for n in "abc"}, torch.device("cpu"), warmup=1, repeats=2)
     assert "".join(seen) in ("abccbaabc", "cbaabccba") and all(len(times[n]) == 2 for n in "abc")
 
 
@@ -490,7 +494,8 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
         ("--tasks=perplexity", ConfigError, "needs a trained model: --model_path"),
         ("--tasks=code --model_path=x", ConfigError, "--allow_code_execution"),
         ("--measure=trian", ConfigError, "measure='trian' is not one of train"),
-        ("--repeats=0 --routing=best", ConfigError, "repeats=0 must be at least 1; routing='best' is not one of"),
+        ("--repeats=0 --warmup=-1", ConfigError, "repeats=0 must be at least 1; warmup=-1 must not be negative"),
+        ("--routing=best", ConfigError, "routing='best' is not one of causal, topk"),
         ("--stride=900", ConfigError, "stride=900 must lie between 1 and seq_len=256"),
         ("--size=11M", ModelError, "size='11M' is not one of demo"),
         ("--capacity=1.5", ModelError, "capacity=1.5 must lie in (0, 1]"),
@@ -514,9 +519,9 @@ def test_an_unknown_task_names_the_nearest(monkeypatch):
     import lm_eval.tasks
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **how: types.SimpleNamespace(all_tasks=["hellaswag"]))
-    assert bench.find_tasks(["quick_test", "hellaswag"])[1] == {"truthfulqa_mc2": 0, "hellaswag": None}
+    assert find_tasks(["quick_test", "hellaswag"])[1] == {"truthfulqa_mc2": 0, "hellaswag": None}
     with pytest.raises(ConfigError, match="tasks=helaswag is unknown; did you mean hellaswag?"):
-        bench.find_tasks(["quick_test", "helaswag"])
+        find_tasks(["quick_test", "helaswag"])
 
 
 def test_a_users_error_is_one_line_and_status_2():

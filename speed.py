@@ -1,0 +1,391 @@
+"""How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise.
+
+`cfg` is bench.py's settings everywhere. Of the models, the dense one is what ratios refer to.
+"""
+
+import copy
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from architectures import ARCHITECTURES
+from blocks import RoutedBlock
+from errors import ConfigError
+from inference import Decoder, calibrate
+from measure import cached, interleaved
+from model import ModelConfig, Transformer
+from parallel import say
+from tables import print_table
+
+Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8"]
+MEASURES = get_args(Measure)
+PEER = "transformers"
+DENSE = next(iter(ARCHITECTURES))
+ROUTED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, RoutedBlock)]
+SLOWER = 1.05  # times what it was in a baseline
+
+
+def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
+    """`shape` as another architecture; what only routed layers have, one without them drops."""
+    if architecture not in ROUTED:
+        changes |= {"capacity": ModelConfig.capacity, "router": ModelConfig.router}
+    return replace(shape, architecture=architecture, **changes)
+
+
+def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, device) -> dict[str, Transformer]:
+    """{architecture: model}, dense first: random weights of one shape, but for the trained model where there is one."""
+    tokens = cfg.longest_sequence
+    if trained and tokens > shape.max_position_embeddings:
+        raise ConfigError(
+            f"seq_len={cfg.seq_len} and the tokens decoded behind it, {tokens} in all, pass this model's "
+            f"max_position_embeddings={shape.max_position_embeddings}: lower seq_len, decode_steps or repeats"
+        )
+    models = {}
+    for name in dict.fromkeys([DENSE, *names]):
+        if trained and name == shape.architecture:
+            models[name] = trained
+            continue
+        torch.manual_seed(0)
+        with device:
+            longest = max(tokens, shape.max_position_embeddings)
+            models[name] = Transformer(variant(shape, name, max_position_embeddings=longest))
+        # As in a trained model a token's own identity, not its sequence, should say most about its way: random routers
+        # then select at an even rate.
+        models[name].model.embed_tokens.weight.data.normal_()
+    return models
+
+
+def speed(cfg, models: dict[str, Transformer], device, autocast, dtype, peak: float | None) -> dict:
+    """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables.
+
+    peak: FLOP/s of the device, if they are known.
+    """
+    suite = Suite(cfg, models, device, peak)
+    if "train" in cfg.measure or cfg.profile:
+        training(suite, autocast)
+    with torch.inference_mode():
+        prepare_inference(suite, dtype)
+        for name, measure in INFERENCE.items():
+            if name in cfg.measure:
+                measure(suite)
+    print_memory(suite.memory, cfg.compile)
+    return {"rows": suite.rows, "memory": suite.memory}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed, and how
+
+
+class Peer(torch.nn.Module):
+    """transformers' Qwen2 with sdpa attention and the weights of our dense model, behind our model's interface."""
+
+    def __init__(self, dense: Transformer):
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        super().__init__()
+        config = {name: value for name, value in dense.config.to_dict().items() if name != "architecture"}
+        self.qwen2 = Qwen2ForCausalLM(Qwen2Config(**config, attn_implementation="sdpa"))
+        self.qwen2.load_state_dict(dense.state_dict() | {"lm_head.weight": dense.head_weight})
+        self.__dict__["run"] = self.qwen2  # no second child
+
+    def compile_trunk(self):
+        self.__dict__["run"] = torch.compile(self.qwen2)
+
+    def to_dtype(self, dtype):
+        return self.to(dtype)
+
+    def new_cache(self, batch, limit):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.qwen2.config)
+
+    def forward(self, input_ids, targets=None, routing="topk", cache=None, return_masks=False):
+        if targets is not None:
+            return self.run(input_ids, labels=input_ids, use_cache=False)  # shifts them itself
+        keep = 0 if cache is None else 1
+        return self.run(input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+
+
+def compiled(model):
+    """The same weights behind torch.compile."""
+    fast = copy.copy(model)  # shares modules and weights
+    fast.compile_trunk()
+    if isinstance(fast, Transformer):
+        fast.compile_decoding()
+    return fast
+
+
+class Suite:
+    """What the measures share: the models, the ids that they read, and the results so far."""
+
+    def __init__(self, cfg, models: dict[str, Transformer], device, peak: float | None):
+        self.cfg, self.models, self.device, self.peak = cfg, models, device, peak
+        self.dense = models[DENSE]
+        self.variants = {PEER: Peer(self.dense).to(device), **models}
+        self.compiled = {name: compiled(model) for name, model in self.variants.items()} if cfg.compile else {}
+        self.rows, self.memory = [], {}
+        for name, model in self.variants.items():
+            self.memory[name] = {"parameters": sum(p.numel() for p in model.parameters())}
+        torch.manual_seed(1)
+        self.decoded = self.random_ids(8, cfg.longest_sequence)
+        self.x, self.y = (self.random_ids(cfg.batch_size, cfg.seq_len) for _ in range(2))
+        self.selected = {}  # {architecture: {routed layer: share of the tokens that causal routing selects}}
+
+    def random_ids(self, *shape: int) -> torch.Tensor:
+        return torch.randint(self.dense.config.vocab_size, shape, device=self.device)
+
+    def time(self, run, compiled: dict | None = None) -> dict:
+        """Seconds of run(model, name), {(name, compiled): one a round}, of every variant and the models in `compiled`."""
+        compiled = compiled or {}
+        for name, model in compiled.items():
+            start = time.perf_counter()
+            run(model, name)
+            self.memory[name].setdefault("compile_seconds", 0)
+            self.memory[name]["compile_seconds"] += time.perf_counter() - start
+        runs = {(name, False): partial(run, model, name) for name, model in self.variants.items()}
+        runs |= {(name, True): partial(run, model, name) for name, model in compiled.items()}
+        return interleaved(runs, self.device, self.cfg.warmup, self.cfg.repeats)
+
+    def report(self, measure: str, times: dict, tokens: int, promised: dict[str, float], steps: int = 1):
+        """Keeps and prints the rows of a measure.
+
+        tokens are of one timed call, which is `steps` steps; promised: {architecture: FLOPs or bytes} of one step.
+        """
+        rows = []
+        for (name, is_compiled), seconds in times.items():
+            low, median, high = quartiles(seconds)
+            row = {"measure": measure, "variant": name, "compiled": is_compiled, "seconds": median / steps}
+            row |= {"quartiles": [low / steps, high / steps], "tokens_per_s": tokens / median}
+            row["ratio"] = median_ratio(seconds, times[DENSE, is_compiled])
+            if name in promised:
+                row["promised"] = promised[name] / promised[DENSE]
+                row["efficiency"] = row["promised"] / row["ratio"]
+                if measure.startswith("decode"):
+                    row["gb_per_s"] = promised[name] / row["seconds"] / 1e9
+                elif self.peak:
+                    row["mfu"] = promised[name] / row["seconds"] / self.peak
+            row["vs_hf"] = median_ratio(times[PEER, False], seconds)
+            rows.append(row)
+        print_speed(rows)
+        self.rows += rows
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+
+
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """Of times that were taken next to each other."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures
+
+
+def training(suite: Suite, autocast):
+    """A training step: its time and memory, and a trace where one is wanted."""
+    B, T = suite.x.shape
+    steps = {name: training_step(model, suite.x, suite.y, autocast) for name, model in suite.variants.items()}
+    if "train" in suite.cfg.measure:
+        flops = {name: model.flops_per_token(T, training=True) * B * T for name, model in suite.models.items()}
+        times = suite.time(lambda model, name: steps[name][0](model), suite.compiled)
+        suite.report("train", times, B * T, flops)
+        for name, (step, optimizer) in steps.items():
+            suite.memory[name] |= step_memory(step, suite.variants[name], optimizer, suite.device)
+    if suite.cfg.profile:
+        with torch.profiler.profile() as profiler:
+            for name, (step, _) in steps.items():
+                with torch.profiler.record_function(f"training step of {name}"):
+                    step(suite.variants[name])
+        os.makedirs("out", exist_ok=True)
+        profiler.export_chrome_trace("out/trace.json")
+        print("trace: out/trace.json")
+
+
+def training_step(model, x, y, autocast):
+    """(a function that does one training step through `forward`, its optimizer)."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def step(forward):
+        with autocast:
+            loss = forward(x, y).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer
+
+
+def step_memory(step, model, optimizer, device) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward pass, and on CUDA the peak of weights, optimizer and step."""
+    saved, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(model)
+    memory = {"activation_bytes": sum(saved.values())}
+    if device.type == "cuda":
+        held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+        torch.cuda.reset_peak_memory_stats()
+        of_all_variants = torch.cuda.memory_allocated()
+        step(model)
+        peak = torch.cuda.max_memory_allocated() - of_all_variants
+        memory["peak_bytes"] = peak + sum(tensor.nbytes for tensor in held)
+    return memory
+
+
+def prepare_inference(suite: Suite, dtype):
+    """Brings every model to `dtype` and its routers to their capacity, and notes what that leaves in the KV cache."""
+    T = suite.cfg.seq_len
+    for model in suite.variants.values():
+        model.to_dtype(dtype).eval()
+    text = suite.random_ids(max(1, 8192 // T), T)
+    for name, model in suite.models.items():
+        calibrate(model, text, np.mean(model.config.capacity))
+        selected, kv_bytes = cached(model, suite.x)
+        suite.selected[name] = selected
+        suite.memory[name]["kv_bytes_per_token"] = kv_bytes
+        suite.memory[name]["causal_capacity"] = statistics.mean(selected.values()) if selected else 1.0
+
+
+def causal_flops(suite: Suite) -> dict[str, float]:
+    """{architecture: FLOPs of a causal forward pass}."""
+    tokens, T = suite.x.numel(), suite.cfg.seq_len
+    return {
+        name: model.flops_per_token(T, capacity=list(suite.selected[name].values())) * tokens
+        for name, model in suite.models.items()
+    }
+
+
+def forward(suite: Suite):
+    """What a training step does forward: for some architectures more than inference does."""
+    tokens, flops = suite.x.numel(), {}
+    for name, model in suite.models.items():
+        # A third of the step; of a causal router, whose input takes no gradient, the step has two parts of three.
+        routers = 4 * model.config.hidden_size * len(model.routed)
+        flops[name] = (model.flops_per_token(suite.cfg.seq_len, training=True) + routers) / 3 * tokens
+    suite.report("forward", suite.time(lambda model, _: model(suite.x), suite.compiled), tokens, flops)
+
+
+def causal(suite: Suite):
+    times = suite.time(lambda model, _: model(suite.x, routing="causal"))
+    suite.report("causal", times, suite.x.numel(), causal_flops(suite))
+
+
+def prefill(suite: Suite):
+    B, T = suite.x.shape
+    times = suite.time(lambda model, _: model(suite.x, routing="causal", cache=model.new_cache(B, T)))
+    config = suite.dense.config
+    head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
+    flops = {name: flops - head for name, flops in causal_flops(suite).items()}
+    suite.report("prefill", times, B * T, flops)
+
+
+def decode(suite: Suite, batch: int):
+    cfg = suite.cfg
+    by_steps = {
+        name: model for name, model in suite.compiled.items() if name in suite.models
+    }  # transformers': eager only
+    decoders = {}
+    for model in (*suite.variants.values(), *by_steps.values()):
+        decoders[model] = Decoder(model, suite.decoded[:batch], cfg.seq_len, cfg.decode_steps)
+    times = suite.time(lambda model, _: decoders[model](), by_steps)
+    nbytes, context = {}, cfg.seq_len + cfg.decoded_tokens / 2
+    for name, model in suite.models.items():
+        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates(model.config.routed_layers))
+    suite.report(f"decode{batch}", times, batch * cfg.decode_steps, nbytes, steps=cfg.decode_steps)
+
+
+INFERENCE = {
+    "forward": forward,
+    "causal": causal,
+    "prefill": prefill,
+    "decode1": partial(decode, batch=1),
+    "decode8": partial(decode, batch=8),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, and the comparison with an earlier run
+
+
+def print_speed(rows: list[dict]):
+    """The rows of one measure; a column stands there if any row has a value for it."""
+    columns = {"mfu": "MFU", "gb_per_s": "GB/s", "ratio": "ratio", "promised": "promised"}
+    columns |= {"efficiency": "efficiency", "vs_hf": "vs hf"}
+    columns = {key: title for key, title in columns.items() if any(key in row for row in rows)}
+    table = [[rows[0]["measure"], "ms", "(quartiles)", "tokens/s", *columns.values()]]
+    for row in rows:
+        name = f"{row['variant']}, compiled" if row["compiled"] else row["variant"]
+        low, high = (f"{1e3 * quartile:.2f}" for quartile in row["quartiles"])
+        cells = [name, f"{1e3 * row['seconds']:.2f}", f"({low}–{high})", f"{row['tokens_per_s']:,.0f}"]
+        table.append(cells + [f"{row[key]:.3f}" if key in row else "" for key in columns])
+    print()
+    print_table(table)
+
+
+def print_memory(memory: dict[str, dict], compile: bool):
+    columns = ["parameters", "activation_bytes", "peak_bytes", "kv_bytes_per_token", "causal_capacity"]
+    if compile:
+        columns.append("compile_seconds")
+    table = [["", *columns]]
+    for name, values in memory.items():
+        table.append([name, *(f"{values[column]:,.9g}" if column in values else "n/a" for column in columns)])
+    print()
+    print_table(table)
+
+
+def read_baseline(path: str, cfg, shape: ModelConfig) -> dict | None:
+    """An earlier run of the speed suite at the same sizes; None where there is none yet. Raises ConfigError."""
+    if not path or not os.path.exists(path):
+        return None
+    compared = ("seq_len", "batch_size", "decode_steps", "dtype")
+    try:
+        with open(path, encoding="utf-8") as f:
+            baseline = json.load(f)
+        sizes = [baseline["config"][key] for key in compared] + [baseline["speed"]["model"]]
+        by_key(baseline["speed"]["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"baseline={path} holds no results of bench.py's speed suite: {e!r}") from None
+    if sizes != [getattr(cfg, key) for key in compared] + [json.loads(json.dumps(shape.to_dict()))]:
+        raise ConfigError(f"baseline={path} is of another size: give the keys it was made with, or another file")
+    return baseline
+
+
+def by_key(rows: list[dict]) -> dict[tuple, dict[str, float]]:
+    """{(measure, variant, compiled): the two ratios that a comparison reads}."""
+    return {
+        (row["measure"], row["variant"], row["compiled"]): {name: row[name] for name in ("ratio", "vs_hf")}
+        for row in rows
+    }
+
+
+def regressions(speed: dict, facts: dict, baseline: dict) -> list[str]:
+    """What is slower by more than 5 % than in the baseline: our time over dense's, or over transformers'."""
+    if any(baseline[name] != facts[name] for name in ("device", "threads", "packages")):
+        say("note: the baseline was measured on another machine, or with other versions: ratios may differ for that")
+    earlier, slower = by_key(baseline["speed"]["rows"]), []
+    for key, ratios in by_key(speed["rows"]).items():
+        measure, name, is_compiled = key
+        if name == PEER or key not in earlier:
+            continue
+        for ratio, now in ratios.items():
+            then = earlier[key][ratio]
+            if (now / then if ratio == "ratio" else then / now) > SLOWER:
+                words = f"{measure} {name} compiled" if is_compiled else f"{measure} {name}"
+                slower.append(f"{words}: {ratio} {then:.3f} → {now:.3f}")
+    return slower
