@@ -59,7 +59,17 @@ def test_an_architectures_names_stand_in_its_own_file():
     theirs = set(ARCHITECTURES) | {part for kind in kinds for part in kind.parts.keys() - RoutedBlock.parts.keys()}
     theirs |= {kind.__name__ for kind in kinds} - {Block.__name__}
     theirs -= {"dense", "router"}  # the parent of every conversion; a rate group, and a setting of every architecture
-    assert theirs == {"mod", "dtf", "stt", "prior", "transition", "MoDBlock", "DynamicBlock", "STTBlock", "DecisionBlock"}
+    assert theirs == {
+        "mod",
+        "dtf",
+        "stt",
+        "prior",
+        "transition",
+        "MoDBlock",
+        "DynamicBlock",
+        "STTBlock",
+        "DecisionBlock",
+    }
     for name, tree in FILES.items():
         if name == "architectures":
             continue
