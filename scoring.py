@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import metrics
 from data import read_manifest
 from errors import ConfigError, DataError
 from model import Transformer
@@ -142,7 +143,7 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
             scores = score(model, windows, routing, cfg.batch_size, f"{name}, {routing}")
             nats = -sum(logprob for logprob, _ in scores)
             row = {"text": name, "routing": routing, "tokens": count, "loss": nats / count}
-            row |= {"perplexity": math.exp(min(700, nats / count)), "window": cfg.seq_len, "stride": stride}
+            row |= {"perplexity": metrics.perplexity(nats / count), "window": cfg.seq_len, "stride": stride}
             if count == len(ids) and n_bytes:  # of the part that --limit leaves nobody knows the bytes
                 row |= {"bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes}
             rows.append(row)
