@@ -71,12 +71,14 @@ def problems(cfg) -> list[str]:
 
     A list, or one value in place of a list, is checked item by item; None passes where the annotation allows it.
     """
-    found = []
-    for key, want in typing.get_type_hints(type(cfg), include_extras=True).items():
-        value = getattr(cfg, key)
-        if value is not None and not fits(value, want):
-            found.append(f"{key}={value!r} {limits(want)}")
-    return found
+    return out_of_limits(type(cfg), vars(cfg))
+
+
+def out_of_limits(schema, values: dict) -> list[str]:
+    """The same of some {key: value} of a dataclass."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    wrong = [key for key in hints if values.get(key) is not None and not fits(values[key], hints[key])]
+    return [f"{key}={values[key]!r} {limits(hints[key])}" for key in wrong]
 
 
 def fits(value, want) -> bool:
@@ -203,7 +205,9 @@ def configure(doc, argv, *schemas, positional=None):
             reader.problems.append(f"{argument!r} is neither a config file (*.py) nor --key=value")
     if rest:
         reader.put(positional, rest, False, positional)
-    if reader.problems:
+    if reader.problems:  # alone, values out of their limits are the dataclass's to refuse
+        for schema, values in zip(schemas, reader.settings, strict=True):
+            reader.problems += out_of_limits(schema, values)
         raise ConfigError("; ".join(reader.problems))
     return reader.settings
 

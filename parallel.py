@@ -4,6 +4,7 @@ Sharded are all parameters but those that route: a routing decision is a compari
 in float32, and their few gradients are averaged here. That is also what lets them be scalars, which cannot be sharded.
 """
 
+import itertools
 import os
 import sys
 import warnings
@@ -18,6 +19,9 @@ from optimizer import OPTIMIZER_BYTES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One rank among several, or the only one
+
+
+STARTS = itertools.count()  # of groups, in this process
 
 
 def rank() -> int:
@@ -37,8 +41,9 @@ def start_ranks(backend: str | None = None):
     """Joins the other ranks where torchrun has started this program, and does nothing elsewhere."""
     if "RANK" not in os.environ:
         return
-    # After a restart torchrun's store still holds the addresses of the ranks before.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    # torchrun's store still holds the addresses of the ranks before a restart, and of an earlier group of these ranks.
+    prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(STARTS)}"
+    store = dist.PrefixStore(prefix, next(dist.rendezvous("env://"))[0])
     backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=ranks[0], world_size=ranks[1])

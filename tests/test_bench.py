@@ -495,7 +495,11 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
         ("--tasks=code --model_path=x", ConfigError, "--allow_code_execution"),
         ("--measure=trian", ConfigError, "measure='trian' is not one of train"),
         ("--repeats=0 --warmup=-1", ConfigError, "repeats=0 must be at least 1; warmup=-1 must not be negative"),
-        ("--routing=best", ConfigError, "routing='best' is not one of causal, topk"),
+        (
+            "--repeats=0 --routing=best",
+            ConfigError,
+            "routing='best' is not one of causal, topk; repeats=0 must be at least 1",
+        ),
         ("--stride=900", ConfigError, "stride=900 must lie between 1 and seq_len=256"),
         ("--size=11M", ModelError, "size='11M' is not one of demo"),
         ("--capacity=1.5", ModelError, "capacity=1.5 must lie in (0, 1]"),
