@@ -48,7 +48,6 @@ class MoDBlock(RoutedBlock):
         if self.config.router == "random":  # the control: noise selects, and gates nothing
             return Score(torch.randn(x.shape[:2], device=x.device))
         r = routers.linear_score(x, self.router.weight)  # (B, T)
-        notes.tokens["score"] = r
         return Score(r, lambda: r.sigmoid() if self.config.mod_gate == "sigmoid" else r)
 
     def selection_losses(self, score, mask):
@@ -110,7 +109,7 @@ class SurprisedBlock(RoutedBlock):
             ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": torch.stack(scalars)}
         average = routers.moving_average(d_st, window)  # (B, T)
         g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *scalars)
-        notes.tokens |= {"score": g, "G": g, "S_CE": s_ce, "S_CU": s_cu}
+        notes.tokens |= {"G": g, "S_CE": s_ce, "S_CU": s_cu}
         notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
         return g
 

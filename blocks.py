@@ -333,6 +333,8 @@ class RoutedBlock(Block):
     def forward(self, x, ctx, below):
         notes = Notes()
         score = self.score(x, ctx, below, notes)
+        if score.value is not None:
+            notes.tokens["score"] = score.value
         if ctx.routing == "topk":
             notes.decision = self.choose_topk(x, score.value, ctx, notes)
             notes.losses |= self.selection_losses(score, notes.decision.mask)

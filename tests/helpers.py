@@ -42,6 +42,14 @@ def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
     return model
 
 
+@torch.no_grad()
+def set_thresholds(model: Transformer):
+    """Average thresholds that half of the tokens of a random text pass in each routed layer."""
+    tokens = model(random_ids(2, 40), return_masks=True).tokens
+    for layer in model.routed:
+        layer.threshold.fill_(tokens[layer.index]["score"].median())
+
+
 def toy_data(folder: Path, vocab: int = 64) -> Path:
     """A token folder whose next token is one of four: about log 4 of loss to be reached, log 64 to start from."""
     rng, source = np.random.default_rng(0), {"weight": 1.0, "from": {"input": "local"}}

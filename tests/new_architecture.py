@@ -32,7 +32,7 @@ class NormBlock(RoutedBlock):
 
     def score(self, x, ctx, below, notes):
         r = routers.linear_score(below.signal[..., None], self.router.weight)  # (B, T)
-        return Score(r, r.sigmoid)
+        return Score(r, lambda: r.sigmoid())
 
     def selection_losses(self, score, mask):
         return {"norm_z": score.value.square().mean()}

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 import routers
-from model import Transformer, rope_tables
+from blocks import rope_tables
+from model import Transformer
 from train import lr_scale
 
 
@@ -115,6 +116,7 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
     model, ids = small_model(architecture), random_ids(2, 60)
     layer, seen = model.model.layers[3], {}
     layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0], notes=out[1]))
+    model.model.layers[2].register_forward_hook(lambda _, args, out: seen.update(below=args[0]))
     model(ids, routing=routing)
     mask = seen["notes"].decision.mask
     assert mask.any() and not mask.all()
@@ -123,6 +125,15 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
         gate = 1.0
         if architecture == "mod":
             gate = torch.sigmoid(x @ layer.router.weight[0])[indices, None]
+        elif architecture == "norm":  # tests/new_architecture.py
+            change = (
+                model.model.layers[2]
+                .delta(seen["below"], rope_tables(torch.arange(60), 8, model.config.rope_theta))
+                .square()
+                .mean(-1)
+            )
+            gate = torch.sigmoid(layer.router.weight[0] * (change / seen["below"].square().mean(-1)).log())
+            gate = gate[row][indices, None]
         elif architecture == "dtf":
             gate = seen["notes"].tokens["G"][row][indices, None]
         expected = x.clone()

@@ -13,7 +13,17 @@ import measure_loading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, ROUTED, SMALL, golden_model, needs_compiler, random_ids, relative_error, small_model
+from helpers import (
+    ARCHITECTURES,
+    ROUTED,
+    SMALL,
+    golden_model,
+    needs_compiler,
+    random_ids,
+    relative_error,
+    set_thresholds,
+    small_model,
+)
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,9 +211,8 @@ def test_causal_routing_never_looks_ahead(architecture, decision):
     if architecture == "stt" and decision == "threshold":
         pytest.skip("refused by ModelConfig")
     model = small_model(architecture, causal_decision=decision)
-    for layer in model.routed:
-        if decision == "threshold":
-            layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+    if decision == "threshold":
+        set_thresholds(model)
     ids = random_ids(2, 40)
     other = torch.cat((ids[:, :23], random_ids(2, 17)), dim=1)
     with torch.no_grad():
@@ -255,9 +264,8 @@ def test_generate_equals_the_uncached_causal_forward(architecture, decision, dev
         pytest.skip("refused by ModelConfig")
     for seed in range(4):
         model = small_model(architecture, seed, causal_decision=decision)
-        for layer in model.routed:
-            if decision == "threshold":
-                layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+        if decision == "threshold":
+            set_thresholds(model)
         rows = [1, 2, 3, 5][seed]
         lengths = torch.randint(1, 24, (rows,)).tolist()
         ids, new = random_ids(rows, max(lengths)), 18
@@ -313,9 +321,8 @@ def test_a_compiled_step_equals_the_uncached_causal_forward(architecture, decisi
     if architecture == "stt" and decision == "threshold":
         pytest.skip("refused by ModelConfig")
     model = small_model(architecture, rows, causal_decision=decision)
-    for layer in model.routed:
-        if decision == "threshold":
-            layer.threshold.fill_(0.0 if architecture == "mod" else 0.7)
+    if decision == "threshold":
+        set_thresholds(model)
     ids, lengths = random_ids(rows, 40), [20, 3, 11, 1, 17][:rows]
     torch._dynamo.reset()
     backend = "inductor" if os.environ.get("COMPILE") else "eager"
@@ -814,7 +821,7 @@ def test_conversion_starts_the_routed_parts_anew(architecture, tmp_path):
     assert set(model.initialized) == model.state_dict().keys() - set(model.loaded) and model.initialized
     for name, tensor in dense.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
-    if architecture != "mod":
+    if architecture in ("dtf", "stt"):
         assert model.model.layers[1].router.o_ce.item() == pytest.approx(0.5806)
 
 

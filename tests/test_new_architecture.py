@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "tests" / "new_architecture.py").read_text()
-TEXT = str(ROOT / "routers.py")
+TEXTS = ",".join(str(ROOT / name) for name in ("routers.py", "model.py", "train.py", "data.py", "checkpoint.py"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 JOBS = """
 import importlib, json, sys
@@ -75,7 +75,18 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def keys(folder):
     shape = ["--hidden_size=32", "--intermediate_size=64", "--num_attention_heads=2", "--num_hidden_layers=4"]
-    run_jobs(("prepare", [f"--input={TEXT}", "--vocab_size=300", "--num_proc=1", f"--out_dir={folder / 'data'}"]))
+    run_jobs(
+        (
+            "prepare",
+            [
+                f"--input={TEXTS}",
+                "--val_fraction=0.3",
+                "--vocab_size=300",
+                "--num_proc=1",
+                f"--out_dir={folder / 'data'}",
+            ],
+        )
+    )
     steps = ["--max_steps=8", "--log_interval=2", "--eval_interval=4", "--eval_batches=2", "--save_interval=3"]
     size = ["--seq_len=32", "--batch_size=2", "--grad_accum_steps=2", "--device=cpu"]
     return [f"--data_dir={folder / 'data'}", "--architecture=norm", *shape, *steps, *size]
@@ -119,12 +130,12 @@ def test_it_has_every_property_of_the_others():
     names = "never_looks_ahead or rows_are_independent or padding_changes or uncached_causal or routes_as_in_float32"
     names += " or selects_no_row or never_moves_the_trunk or gets_a_gradient or finite_differences or checkpointing"
     names += " or is_one_graph or flop_counter or equals_dense or come_back_whole or starts_the_routed_parts"
-    names += " or stays_close or brute_force or cost_nothing or no_quota or what_autograd_keeps"
+    names += " or stays_close or brute_force or cost_nothing or no_quota or compiled_step_equals"
     command = [sys.executable, "-m", "pytest", "-n0", "-p", "new_architecture", "-k", f"norm and ({names})"]
-    files = ["tests/test_model.py", "tests/test_known_faults.py", "tests/test_parallel.py"]
+    files = ["tests/test_model.py", "tests/test_known_faults.py"]
     summary = run([*command, *files], cwd=ROOT).splitlines()
     passed = next(line for line in summary if " passed" in line)
-    assert int(passed.split(" passed")[0].split()[-1]) >= 40 and "failed" not in passed, passed
+    assert int(passed.split(" passed")[0].split()[-1]) >= 35 and "failed" not in passed, passed
 
 
 def test_training_logs_what_it_says_of_itself(trained, folder):
@@ -170,7 +181,7 @@ def test_every_script_takes_it(trained, folder):
     model = f"--model_path={trained}"
     speed = ["--measure=train,causal,decode1", "--seq_len=32", "--batch_size=1", "--repeats=1", "--decode_steps=2"]
     shape = ["--hidden_size=32", "--num_hidden_layers=4", "--num_attention_heads=2", "--vocab_size=300"]
-    read = [f"--text={TEXT}", "--seq_len=32", "--limit=4", "--batch_size=2"]
+    read = [f"--text={ROOT / 'routers.py'}", "--seq_len=32", "--limit=4", "--batch_size=2"]
     out = run_jobs(
         ("sample", [model, "--prompt=def ", "--max_new_tokens=9", "--show_routing", f"--png={folder / 'map.png'}"]),
         ("sample", [model, f"--text={ROOT / 'errors.py'}", f"--html={folder / 'page.html'}"]),

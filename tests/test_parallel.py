@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from helpers import ARCHITECTURES as ALL
 from helpers import small_model
 from test_train import ARCHITECTURES, VOCAB, common, data, without_clock  # noqa: F401
 
@@ -217,7 +216,7 @@ def test_gradients_are_clipped_as_torch_clips_them():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activations_are_what_autograd_keeps(architecture, bf16):
     """The formula against the bytes of the storages that autograd saves in the trunk, parameters and their casts aside."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
