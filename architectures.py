@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import routers
-from blocks import Block, Context, Notes, Precision, Predictor, RoutedBlock, Score, add, linear_flops, nbytes
+from blocks import Block, Context, Decision, Notes, Precision, Predictor, RoutedBlock, Score, add, linear_flops, nbytes
 from configurator import Count, Positive
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,6 @@ class MoDBlock(RoutedBlock):
         "skip it."
     )
     parts = RoutedBlock.parts | {"router": "router"}
-    controls = ("random",)
 
     @dataclass
     class Settings:
@@ -41,23 +40,17 @@ class MoDBlock(RoutedBlock):
 
     def __init__(self, cfg, index):
         super().__init__(cfg, index)
-        if cfg.router == "learned":
-            self.router = nn.Linear(cfg.hidden_size, 1, bias=False)
+        self.router = nn.Linear(cfg.hidden_size, 1, bias=False)
 
     def score(self, x, ctx, below, notes):
-        if self.config.router == "random":  # the control: noise selects, and gates nothing
-            return Score(torch.randn(x.shape[:2], device=x.device))
-        r = routers.linear_score(x, self.router.weight)  # (B, T)
+        r = routers.linear_score(x, self.router.weight, self.router_scale(x))  # (B, T)
         return Score(r, lambda: r.sigmoid() if self.config.mod_gate == "sigmoid" else r)
 
     def selection_losses(self, score, mask):
-        if self.config.router == "random":
-            return {}
         return {"mod_aux": routers.selection_bce(score.value, mask), "mod_z": score.value.square().mean()}
 
     def flops(self, T, capacity, training, input_grad):
-        scores = linear_flops(self.router, T) if self.config.router == "learned" else (0, 0)
-        return add([super().flops(T, capacity, training, input_grad), scores])
+        return add([super().flops(T, capacity, training, input_grad), linear_flops(self.router, T)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +220,7 @@ class STTBlock(SurprisedBlock):
     def score(self, x, ctx, below, notes):
         if ctx.routing == "causal":
             return Score(None)
-        update = self.delta(x, ctx.rope)  # (B, T, d)
+        update = self.part_delta(x, lambda hidden: self.self_attn(hidden, ctx.rope))  # (B, T, d)
         out = x + update
         predicted = routers.shift(self.transition(out))  # (B, T, d)
         d_st, d_ch, loss = routers.surprise(update, predicted)
@@ -241,7 +234,10 @@ class STTBlock(SurprisedBlock):
             return sparse
         if self.config.stt_output == "dense":
             sparse = linear_flops(self.causal_router, T, input_grad=False)
-        return add([self.block_flops(T, input_grad), linear_flops(self.transition, T), sparse])
+        return add([self.dense_pass_flops(T, input_grad), linear_flops(self.transition, T), sparse])
+
+    def dense_pass_flops(self, T: int, input_grad: bool) -> tuple[float, float]:
+        return linear_flops(self.mlp, T) if self.config.routed_part == "mlp" else self.block_flops(T, input_grad)
 
     def decode_bytes(self, ran):
         return super().decode_bytes(ran) - nbytes(self.transition)  # which serves training only
@@ -252,12 +248,40 @@ class STTBlock(SurprisedBlock):
         return dense + predictor_activations(self.config, p) + sparse
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls
+
+
+class ControlBlock(RoutedBlock):
+    """Runs on the same positions of every text, whatever it says: at random, by a fixed hash, or evenly. No parameters."""
+
+    def choose(self, x, ctx, below, notes):
+        router, (B, T, _) = self.config.router, x.shape
+        group = torch.arange(routers.GROUP, device=x.device)
+        rank = routers.control_rank(router, self.index, ctx.positions, group).expand(
+            B, T
+        )  # of (T), or (B, 1) in a step
+        cut = self.capacity * routers.GROUP
+        indices = None
+        if ctx.mode == "packed" and ctx.lengths is None:
+            positions = routers.control_positions(router, self.index, T, self.capacity)
+            indices = torch.tensor(positions, dtype=torch.int64, device=x.device).expand(B, -1)
+        notes.decision = Decision(rank < cut, f"{router} control", -rank.float(), -cut, indices)
+        self.real(notes.decision, ctx, notes)
+        return Score(None)
+
+    def shift_decision(self, margin):
+        self.capacity -= margin / routers.GROUP
+
+
 ARCHITECTURES: dict[str, type[Block]] = {"dense": Block, "mod": MoDBlock, "dtf": DynamicBlock, "stt": STTBlock}
 ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
 
 
 def layer_class(cfg, index: int) -> type[Block]:
     """Which kind of layer stands at `index`."""
+    if cfg.router != "learned":
+        return ControlBlock if index in cfg.routed_layers else Block
     if index in cfg.routed_layers:
         return cfg.kind
     return (cfg.kind.below or Block) if index + 1 in cfg.routed_layers else Block

@@ -64,10 +64,11 @@ class Decision:
     """Which tokens run in a routed block, and what decided that."""
 
     mask: torch.Tensor  # (B, T) bool
-    rule: str  # "top-k score", "causal router" or "average threshold"
+    rule: str  # "top-k score", "causal router", "average threshold", or a control's name
     value: torch.Tensor  # (B, T): a score, or the causal router's logit
     cut: torch.Tensor | float | None  # above which a token runs; None: the k-th highest value of its row
-    indices: torch.Tensor | None = None  # (B, k) ascending, where every row selects k tokens
+    indices: torch.Tensor | None = None  # (B, k) the selected ones ascending, then others; None: to be packed
+    valid: torch.Tensor | None = None  # (B, k) bool, which of those are selected; None: all
 
     @property
     def margin(self) -> torch.Tensor:
@@ -126,19 +127,25 @@ class Attention(nn.Module):
         self.v_proj = kernels.Linear(d, kv, bias=True)
         self.o_proj = kernels.Linear(d, d, bias=False)
 
-    def forward(self, x, rope, store=None):
-        B, T, d = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), *rope).transpose(1, 2)  # (B, H, T, hd)
+    def keys_values(self, x, rope, store=None):
+        """x (B, T, d) → its keys and values (B, n_kv, T, hd), or those to attend to where `store` files them; and a mask."""
+        B, T, _ = x.shape
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rope).transpose(1, 2)  # (B, n_kv, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, hd)
-        mask = None
-        if store is not None:
-            k, v, mask = store(k, v)
-        if T == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
+        return (k, v, None) if store is None else store(k, v)
+
+    def attend(self, x, rope, k, v, mask=None):
+        """Queries of x (B, Q, d) over k, v (B, n_kv, S, hd): (B, Q, d). mask None: causal, Q = S, or one query over all."""
+        B, Q, d = x.shape
+        q = rotate(self.q_proj(x).view(B, Q, -1, self.head_dim), *rope).transpose(1, 2)  # (B, H, Q, hd)
+        if Q == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
             y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
             return self.o_proj(y.reshape(B, 1, d))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, hd)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, Q, hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, Q, d))
+
+    def forward(self, x, rope, store=None):
+        return self.attend(x, rope, *self.keys_values(x, rope, store))
 
 
 class MLP(nn.Module):
@@ -196,7 +203,6 @@ class Block(nn.Module):
     initial: dict[str, float] = {}  # tensors that start as a constant of their own
     below: type["Block"] | None = None  # the kind of block that must stand below it
     scores_causally = True  # whether its score at t is known at t
-    controls: tuple[str, ...] = ()  # what `router` may be instead of learned
 
     class Settings:
         """Fields of ModelConfig that only this architecture has: a dataclass, whose comments are the help."""
@@ -307,10 +313,11 @@ class Score:
 class RoutedBlock(Block):
     """A block that runs on some of the tokens: y_i = x_i + gate_i · Δ(x_S)_i for i in S, y_i = x_i otherwise.
 
-    An architecture is a subclass with a `score`. Only what is selected makes keys and values (Raposo et al. 2024).
+    An architecture is a subclass with a `score`. Only what is selected makes keys and values (Raposo et al. 2024), unless
+    the configuration says otherwise; with routed_part="mlp", Δ is that of the MLP, and x what attention has made of it.
     """
 
-    parts = {"causal_router": "causal_router", "threshold": "router"}
+    parts = {"causal_router": "causal_router", "threshold": "router", "skip": "prior"}
     initial = {"threshold": math.nan}
     default_gate = "soft"
 
@@ -318,64 +325,94 @@ class RoutedBlock(Block):
         super().__init__(cfg, index)
         self.gate = cfg.gate or self.default_gate
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
-        self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
+        if cfg.router == "learned":
+            self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
         if cfg.causal_decision == "threshold":
             self.register_buffer("threshold", torch.full((), torch.nan))  # average k-th highest score of training
+        if cfg.skip == "predict":
+            self.skip = Predictor(cfg)
 
     def score(self, x, ctx: Context, below: Notes, notes: Notes) -> Score:
         """The architecture's idea: x (B, T, d), the notes of the layer below, and this layer's, to add to."""
         raise NotImplementedError
 
     def selection_losses(self, score: Score, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of the score against the top-k selection (B, T); the causal router's is not among them."""
+        """Losses of the score against the selection in training (B, T); the causal router's is not among them."""
         return {}
-
-    def forward(self, x, ctx, below):
-        notes = Notes()
-        score = self.score(x, ctx, below, notes)
-        if score.value is not None:
-            notes.tokens["score"] = score.value
-        if ctx.routing == "topk":
-            notes.decision = self.choose_topk(x, score.value, ctx, notes)
-            notes.losses |= self.selection_losses(score, notes.decision.mask)
-        else:
-            notes.decision = self.choose_causal(x, score.value, ctx, notes)
-        if score.output is not None:
-            return score.output, notes
-        run = {"packed": self.run_packed, "step": self.run_step, "static": self.run_static}[ctx.mode]
-        return run(x, notes.decision, score.gate, ctx), notes
 
     def schedule(self, progress: float):
         """What changes with the progress of training, 0 at its start and 1 at its end."""
 
+    def forward(self, x, ctx, below):
+        notes = Notes()
+        if self.config.routed_part == "mlp":
+            store = ctx.store_all(self.index, x.size(0), x.size(1))
+            x = x + self.self_attn(self.input_layernorm(x), ctx.rope, store)
+        score = self.choose(x, ctx, below, notes)
+        if score.output is not None:
+            return score.output, notes
+        run = {"packed": self.run_packed, "step": self.run_step, "static": self.run_static}[ctx.mode]
+        return run(x, notes, score.gate, ctx), notes
+
     # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def choose(self, x, ctx: Context, below: Notes, notes: Notes) -> Score:
+        """Files the decision, and in training its losses, in this layer's notes."""
+        score = self.score(x, ctx, below, notes)
+        if score.value is not None:
+            notes.tokens["score"] = score.value
+        if ctx.routing == "topk":
+            notes.decision = self.choose_in_training(x, score.value, ctx, notes)
+            notes.losses |= self.selection_losses(score, notes.decision.mask)
+        else:
+            notes.decision = self.choose_causal(x, score.value, ctx, notes)
+        return score
+
+    def router_scale(self, x):
+        """What a product of a router with x (B, T, d) is multiplied by: 1, or one number a token (B, T, 1)."""
+        return 1.0 if self.config.router_input == "raw" else routers.inverse_rms(x, self.config.rms_norm_eps)
 
     def causal_logits(self, x, ctx: Context, notes: Notes) -> torch.Tensor:
         """The causal router's logits (B, T), on a detached input: it never moves the trunk."""
         cache = ctx.cache.layers[self.index] if ctx.cache else None
         previous = cache.state.get("carried") if cache else None
-        weight, bias = self.causal_router.weight, self.causal_router.bias
-        logits, carried = routers.causal_logits(x.detach(), weight, bias, previous)
+        weight, bias, x = self.causal_router.weight, self.causal_router.bias, x.detach()
+        logits, carried = routers.causal_logits(x, weight, bias, previous, self.router_scale(x))
         if cache:
             cache.remember("carried", ctx.last(carried))
         notes.tokens["causal_probability"] = logits.sigmoid()
         return logits
 
-    def choose_topk(self, x, score, ctx: Context, notes: Notes) -> Decision:
-        """The k best of each sequence, which looks at the future; the causal router is taught to say the same."""
-        if ctx.lengths is None:
-            indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
+    def choose_in_training(self, x, score, ctx: Context, notes: Notes) -> Decision:
+        """The k best of each sequence, which looks at the future, or those above the average k-th score, which does not.
+
+        The causal router is taught to say the same.
+        """
+        k, T = routers.capacity_k(self.capacity, x.size(1)), x.size(1)
+        if self.config.selection == "threshold" and ctx.lengths is None:
+            decision = self.choose_above_average(score, k, math.ceil(min(T, 1.25 * self.capacity * T)))
+        elif ctx.lengths is None:
+            indices, mask = routers.top_k(score, k)
+            decision = Decision(mask, "top-k score", score, None, indices)
         else:
-            indices, mask = None, routers.top_k_ragged(score, self.capacity, ctx.lengths)
-        logits = self.causal_logits(x, ctx, notes)
+            mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
+            decision = Decision(mask, "top-k score", score, None)
+        logits, mask = self.causal_logits(x, ctx, notes), decision.mask
         chosen = notes.tokens["causal_probability"] > self.config.causal_threshold
         notes.losses["causal"] = routers.selection_bce(logits, mask)
         notes.stats["causal_accuracy"] = (chosen == mask).float().mean()
         if self.config.causal_decision == "threshold":
             chosen = score > self.threshold
-            notes.stats["kth_score"] = score.detach().masked_fill(~mask, torch.inf).amin(1).mean()
+            notes.stats["kth_score"] = score.detach().topk(k, dim=1).values[:, -1].mean()
         notes.stats["causal_capacity"] = chosen.float().mean()
-        return Decision(mask, "top-k score", score, None, indices)
+        return decision
+
+    def choose_above_average(self, score, k: int, room: int) -> Decision:
+        """The first `room` tokens whose score passes the average k-th highest one, this batch's before there is any."""
+        kth_score = score.detach().topk(k, dim=1).values[:, -1].mean()
+        cut = torch.where(self.threshold.isnan(), kth_score, self.threshold)
+        mask, indices, valid = routers.first_of(score > cut, room)
+        return Decision(mask, "average threshold", score, cut, indices, valid)
 
     def choose_causal(self, x, score, ctx: Context, notes: Notes) -> Decision:
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""
@@ -386,16 +423,35 @@ class RoutedBlock(Block):
             threshold = self.config.causal_threshold
             mask = notes.tokens["causal_probability"] > threshold
             decision = Decision(mask, "causal router", logits, math.log(threshold / (1 - threshold)))
+        return self.real(decision, ctx, notes)
+
+    def real(self, decision: Decision, ctx: Context, notes: Notes) -> Decision:
+        """Without what is padding, or finished."""
         if ctx.decoding:
             if ctx.cache.finished is not None:
                 decision.mask = decision.mask & ~ctx.cache.finished[:, None]
             return decision
         if ctx.lengths is not None:
-            decision.mask = decision.mask & routers.valid_mask(ctx.lengths, x.size(1), x.device)
+            real = routers.valid_mask(ctx.lengths, decision.mask.size(1), decision.mask.device)
+            decision.mask = decision.mask & real
         notes.stats["causal_capacity"] = decision.mask.float().mean()
         return decision
 
     # -- running ------------------------------------------------------------------------------------------------------
+
+    def part_delta(self, x, attention):
+        """Δ of what is routed, on some tokens (B, k, d); attention: that of their normalised hidden states."""
+        if self.config.routed_part == "mlp":
+            return self.mlp(self.post_attention_layernorm(x))
+        update = attention(self.input_layernorm(x))
+        return update + self.mlp(self.post_attention_layernorm(x + update))
+
+    def keys_of_all(self, x, ctx: Context):
+        """Keys, values and mask of every token where skipped ones give them too, else None."""
+        if self.config.compact_cache or self.config.routed_part == "mlp":
+            return None
+        store = ctx.store_all(self.index, x.size(0), x.size(1))
+        return self.self_attn.keys_values(self.input_layernorm(x), ctx.rope, store)
 
     def gate_values(self, gate: Callable | None) -> torch.Tensor | None:
         """(B, T) factors of the update, or None where they are 1. Straight-through: 1, with the gradient of the gate."""
@@ -403,68 +459,106 @@ class RoutedBlock(Block):
             return gate and gate()
         return routers.straight_through(gate()) if torch.is_grad_enabled() else None
 
-    def run_packed(self, x, decision: Decision, gate, ctx: Context):
+    def skipped(self, x, mask, guess=None):
+        """What becomes of the tokens that do not run: themselves, or with a guess of their update. Others stay x."""
+        if self.config.skip == "identity":
+            return x
+        return x + (self.skip(x) if guess is None else guess).masked_fill(mask[..., None], 0).to(x.dtype)
+
+    def run_packed(self, x, notes: Notes, gate, ctx: Context):
         """A whole pass: (B, T, d) → (B, T, d).
 
         Selected indices ascend and are packed to the left, so one plain causal mask serves top-k, the causal forward and
         prefill: a valid query never reaches the padding of a short row, and the padding's results are dropped.
         """
-        indices, counts = decision.indices, None
+        decision = notes.decision
+        indices, valid, counts = decision.indices, decision.valid, None
         if indices is None:
             indices, counts = routers.pack(decision.mask)  # (B, k), tokens of each row
+            valid = routers.valid_mask(counts, indices.size(1), x.device)
+        keys = self.keys_of_all(x, ctx)
+        guess = self.skip(x) if self.config.skip == "predict" else None
+        base = self.skipped(x, decision.mask, guess)
         if indices.size(1) == 0:
-            return x
+            return base
         B, T, d = x.shape
-        flat = x.flatten(0, 1)  # (B·T, d)
         flat_indices = (indices + T * torch.arange(B, device=x.device)[:, None]).flatten()  # (B·k)
         rope = tuple(t[indices] for t in ctx.rope)  # (B, k, 1, hd): positions keep their original index
-        packed = flat.index_select(0, flat_indices).view(
-            B, -1, d
-        )  # (B, k, d); rows move whole: 20 times gather's speed
-        update = self.delta(packed, rope, ctx.store(self.index, counts=counts))
-        factors = self.gate_values(gate)
-        if factors is not None:
-            update = update * factors.gather(1, indices)[..., None]
-        if counts is not None:
-            update = update.masked_fill(~routers.valid_mask(counts, update.size(1), x.device)[..., None], 0)
-        return flat.index_add(0, flat_indices, update.flatten(0, 1).to(x.dtype)).view(B, T, d)
+        # (B, k, d); whole rows move: twenty times gather's speed
+        packed = x.flatten(0, 1).index_select(0, flat_indices).view(B, -1, d)
 
-    def run_step(self, x, decision: Decision, gate, ctx: Context):
+        def attention(hidden):
+            if keys is None:
+                return self.self_attn(hidden, rope, ctx.store(self.index, counts=counts))
+            seen = torch.arange(T, device=x.device) <= indices[:, None, :, None]  # (B, 1, k, T)
+            return self.self_attn.attend(hidden, rope, *keys[:2], seen)
+
+        update = self.part_delta(packed, attention)
+        if guess is not None and ctx.routing == "topk":
+            notes.losses["skip"] = self.skip_loss(guess.flatten(0, 1)[flat_indices].view_as(update), update, valid)
+        update = self.gated(update, self.gate_values(gate), indices)
+        if valid is not None:
+            update = update.masked_fill(~valid[..., None], 0)
+        return base.flatten(0, 1).index_add(0, flat_indices, update.flatten(0, 1).to(x.dtype)).view(B, T, d)
+
+    def run_step(self, x, notes: Notes, gate, ctx: Context):
         """A decoding step of the rows that run; the mask is read back, the one synchronisation of a step's layer."""
-        rows = [r for r, (selected,) in enumerate(decision.mask.tolist()) if selected]
+        mask, keys = notes.decision.mask, self.keys_of_all(x, ctx)
+        rows, base = [r for r, (selected,) in enumerate(mask.tolist()) if selected], self.skipped(x, mask)
         if not rows:
-            return x
-        store, factors = ctx.store(self.index, rows=rows), self.gate_values(gate)
-        if len(rows) == x.size(0):
-            update = self.delta(x, ctx.rope, store)  # (B, 1, d)
-            return x + self.gated(update, factors).to(x.dtype)
-        row_index = torch.tensor(rows, device=x.device)
-        x_rows, rope = x[row_index], tuple(t[row_index] for t in ctx.rope)
-        update = self.delta(x_rows, rope, store)  # (rows, 1, d)
-        factors = None if factors is None else factors[row_index]
-        return x.index_add(0, row_index, self.gated(update, factors).to(x.dtype))
+            return base
+        store, factors = None if keys else ctx.store(self.index, rows=rows), self.gate_values(gate)
+        rope, every = ctx.rope, len(rows) == x.size(0)
+        if not every:
+            row_index = torch.tensor(rows, device=x.device)
+            x, rope = x[row_index], tuple(t[row_index] for t in rope)
+            keys = keys and tuple(t if t is None else t[row_index] for t in keys)
+            factors = None if factors is None else factors[row_index]
 
-    def run_static(self, x, decision: Decision, gate, ctx: Context):
+        def attention(hidden):
+            return self.self_attn.attend(hidden, rope, *keys) if keys else self.self_attn(hidden, rope, store)
+
+        update = self.gated(self.part_delta(x, attention), factors).to(x.dtype)  # (rows, 1, d)
+        return base + update if every else base.index_add(0, row_index, update)
+
+    def run_static(self, x, notes: Notes, gate, ctx: Context):
         """The same in shapes that do not depend on the selection, for the compiler: all rows run, or none.
 
         Where often none is selected, that is asked, for one synchronisation, and the weights are left alone. In a large
         batch some row nearly always runs, and nothing is asked.
         """
-        mask = decision.mask
+        mask, keys = notes.decision.mask, self.keys_of_all(x, ctx)
+        base = self.skipped(x, mask)
+
+        def attention(hidden):
+            if keys:
+                return self.self_attn.attend(hidden, ctx.rope, *keys)
+            return self.self_attn(hidden, ctx.rope, ctx.store(self.index, rows=mask[:, 0]))
 
         def run(x):
-            update = self.delta(x, ctx.rope, ctx.store(self.index, rows=mask[:, 0]))  # (B, 1, d)
-            update = self.gated(update, self.gate_values(gate))
-            return torch.where(mask[..., None], x + update.to(x.dtype), x)
+            update = self.gated(self.part_delta(x, attention), self.gate_values(gate))  # (B, 1, d)
+            return torch.where(mask[..., None], x + update.to(x.dtype), base)
+
+        def rest(x):
+            return base.clone()
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
         ask = none_runs > 1 / 16 and torch.compiler.is_compiling()
         ask = ask and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
-        return torch.cond(mask.any(), run, torch.clone, (x,)) if ask else run(x)
+        return torch.cond(mask.any(), run, rest, (x,)) if ask else run(x)
 
     @staticmethod
-    def gated(update, factors):
-        return update if factors is None else update * factors[..., None]
+    def gated(update, factors, indices=None):
+        """update (B, k, d) times factors (B, T), those of its tokens where indices (B, k) say which they are."""
+        if factors is None:
+            return update
+        return update * (factors if indices is None else factors.gather(1, indices))[..., None]
+
+    @staticmethod
+    def skip_loss(guess, update, valid):
+        """MSE(guess, stopgrad(update)) of the tokens that ran, (B, k, d) each; valid (B, k): which of them, None for all."""
+        error = (guess.float() - update.detach().float()).square().mean(-1)  # (B, k)
+        return error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
 
     # -- moving the decision ------------------------------------------------------------------------------------------
 
@@ -489,13 +583,34 @@ class RoutedBlock(Block):
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
+    def part_flops(self, n: int, T: int, input_grad: bool = True) -> tuple[float, float]:
+        """FLOPs of the layer's block where its routed part runs on n of T tokens: forward, backward."""
+        attention, mlp = self.self_attn, self.mlp
+        queries, keys = [attention.q_proj], [attention.k_proj, attention.v_proj]
+        n_attended = n if self.config.routed_part == "block" else T  # tokens that attend
+        n_keys = n if self.config.compact_cache else T
+        products = 4 * n_attended * n_keys * self.config.hidden_size
+        costs = [(products, 2 * products), linear_flops(mlp, n), linear_flops(attention.o_proj, n_attended)]
+        costs += [linear_flops(module, n_attended, input_grad) for module in queries]
+        return add(costs + [linear_flops(module, n_keys, input_grad) for module in keys])
+
     def flops(self, T, capacity, training, input_grad):
         k = routers.capacity_k(capacity, T) if capacity > 0 else 0
-        return add([self.block_flops(k, input_grad), linear_flops(self.causal_router, T, input_grad=False)])
+        costs = [self.part_flops(k, T, input_grad)]
+        if self.config.router == "learned":
+            costs.append(linear_flops(self.causal_router, T, input_grad=False))
+        if self.config.skip == "predict":
+            costs.append(linear_flops(self.skip, T))
+        return add(costs)
 
     def decode_bytes(self, ran):
-        """The routers always, the block where a row runs."""
-        return nbytes(self) - self.block_bytes() * (1 - ran[self.index])
+        """What every token needs always, the routed part where a row runs."""
+        routed = self.block_bytes()
+        if self.config.routed_part == "mlp":
+            routed = nbytes(self.mlp, self.post_attention_layernorm)
+        elif not self.config.compact_cache:
+            routed -= nbytes(self.self_attn.k_proj, self.self_attn.v_proj, self.input_layernorm)
+        return nbytes(self) - routed * (1 - ran[self.index])
 
     def activations(self, p):
         d = self.config.hidden_size

@@ -68,7 +68,8 @@ class Cache:
     static = False
 
     def __init__(self, config, batch: int, limit: int):
-        self.layers = [LayerCache(batch, limit, i in config.routed_layers) for i in range(config.num_hidden_layers)]
+        compact = config.routed_layers if config.compact_cache else []
+        self.layers = [LayerCache(batch, limit, i in compact) for i in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
         self.finished: torch.Tensor | None = None  # (B) bool: rows that no longer generate, never selected again
 

@@ -70,7 +70,14 @@ class Shape:
     rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
     tie_word_embeddings: bool = True  # the head is the embedding
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
-    router: Literal["learned", "random"] = "learned"  # random: the control (mod: Gaussian scores)
+    routed_layers: list[int] | None = None  # blocks that skip tokens (unset: every second one, from 1)
+    routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
+    kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
+    skip: Literal["identity", "predict"] = "identity"  # predict: a small network guesses the update of skipped tokens
+    skip_weight: float = 0.05  # weight of that guess's squared error
+    router: Literal["learned", "random", "positional"] = "learned"  # the controls: fixed positions, hashed or even
+    router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states
+    selection: Literal["topk", "threshold"] = "topk"  # in training; threshold: above the average k-th score
     gate: Literal["soft", "straight_through"] | None = None  # unset: soft, for stt straight_through (no G at inference)
     causal_decision: Literal["router", "threshold"] = "router"  # at inference: trained student, or average k-th score
     causal_threshold: Annotated[float, Range(0, 1, True, True)] = 0.5  # probability above which the router selects
@@ -88,6 +95,10 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
             if isinstance(field.default, tuple):  # JSON has lists only
                 setattr(self, field.name, tuple(getattr(self, field.name)))
         found = problems(self)
+        if self.architecture in ARCHITECTURES and not issubclass(self.kind, RoutedBlock):
+            self.routed_layers = []
+        elif not self.routed_layers:
+            self.routed_layers = list(range(1, self.num_hidden_layers, 2))
         if self.architecture not in ARCHITECTURES:
             found.insert(0, f"architecture={self.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
         if not found:
@@ -108,12 +119,26 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if self.causal_decision == "threshold" and not self.kind.scores_causally:
             what = f"not available for {self.architecture}: its score looks at the update"
             found.append(f"causal_decision='threshold' is {what}")
-        if self.router not in ("learned", *self.kind.controls):
-            able = ", ".join(name for name, kind in ARCHITECTURES.items() if self.router in kind.controls)
-            found.append(f"router={self.router!r} is a control for {able}, not for {self.architecture}")
+        if self.selection == "threshold" and self.causal_decision != "threshold":
+            found.append("selection='threshold' needs causal_decision='threshold': it is the same decision")
+        found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
             found.append(f"capacity has {len(self.capacity)} values for {len(self.routed_layers)} routed layers")
         return found
+
+    def layer_conflicts(self) -> list[str]:
+        layers = self.routed_layers
+        if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers):
+            return [f"routed_layers={layers} must ascend, from 0 to {self.num_hidden_layers - 1}"]
+        alone = [i for i in layers if i == 0 or i - 1 in layers]
+        if self.kind.below and alone and self.router == "learned":
+            return [f"routed_layers={layers}: below layer {alone[0]} {self.architecture} needs one that is not routed"]
+        return []
+
+    @property
+    def compact_cache(self) -> bool:
+        """Whether a routed layer's keys and values are those of its selected tokens only."""
+        return self.routed_part == "block" and self.kv == "selected"
 
     @property
     def kind(self) -> type[Block]:
@@ -123,11 +148,6 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def routed_layers(self) -> list[int]:
-        """Indices of the layers that skip tokens: every second one, from 1."""
-        return list(range(1, self.num_hidden_layers, 2)) if issubclass(self.kind, RoutedBlock) else []
 
     @property
     def capacities(self) -> list[float]:

@@ -7,6 +7,7 @@ Sources: Raposo et al. 2024 (arXiv 2404.02258) for Mixture-of-Depths; Wieser et 
 surprise gate and the causal router; Zakharov et al. 2021 (VPR) for the criteria of expected and unexpected change.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -134,6 +135,40 @@ def inverse_softplus(value: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Controls: the same tokens whatever they say, by position alone. In whole numbers: every device says the same
+
+GROUP = 64  # positions among which a control selects its exact share
+
+
+def hashed(layer: int, positions):
+    """A fixed hash of (layer, position), tensor or numpy array: int64 → int64 below 2^31."""
+    x = positions * 0x9E3779B1 + layer * 0x85EBCA77 + 0x165667B1
+    for _ in range(3):
+        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF  # a product stays below 2^62
+    return x
+
+
+def control_rank(router: str, layer: int, positions, group):
+    """0 … GROUP − 1 for each position within its group of 64: those below γ · 64 run. (…) int64 → (…) int64.
+
+    "random": by a fixed hash of layer and position. "positional": evenly spaced, by the bits of the position reversed.
+    positions, group: tensors or numpy arrays; group counts from 0 to 63.
+    """
+    within = positions % GROUP
+    if router == "positional":
+        return sum(((within >> bit) & 1) << (5 - bit) for bit in range(6))
+    others = (positions - within)[..., None] + group  # (…, 64)
+    return (hashed(layer, others) < hashed(layer, positions)[..., None]).sum(-1)
+
+
+@torch.compiler.assume_constant_result
+def control_positions(router: str, layer: int, T: int, capacity: float) -> list[int]:
+    """The positions below T that run, found on the host."""
+    rank = control_rank(router, layer, np.arange(T), np.arange(GROUP))
+    return np.flatnonzero(rank < capacity * GROUP).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Learned scores
 
 
@@ -145,20 +180,28 @@ def float32_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x.float(), weight.float())
 
 
-def linear_score(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """MoD's router r_t = w·x_t (Raposo et al. 2024, section 3.4): (B, T, d), (1, d) → (B, T) float32."""
-    return float32_linear(x, weight).squeeze(-1)
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / RMS of every token, by which a product with x becomes one with RMS-normalised x: (B, T, d) → (B, T, 1) float32."""
+    return torch.rsqrt(mean_square(x) + eps)[..., None]
 
 
-def causal_logits(x, weight, bias, previous=None):
+def linear_score(x: torch.Tensor, weight: torch.Tensor, scale=1.0) -> torch.Tensor:
+    """MoD's router r_t = w·x_t (Raposo et al. 2024, section 3.4): (B, T, d), (1, d) → (B, T) float32.
+
+    scale: (B, T, 1) `inverse_rms` of x where the router reads normalised input.
+    """
+    return (float32_linear(x, weight) * scale).squeeze(-1)
+
+
+def causal_logits(x, weight, bias, previous=None, scale=1.0):
     """Causal router: W [x_t ‖ x_{t−1}] + b, zeros before the first token.
 
     x: (B, T, d), weight: (1, 2d), bias: (1). The two halves of W are applied apart, so the concatenation is never
     built and a decoding step remembers one number of the token before, not its hidden state.
-    previous: (B,) that number, or None at the start of a sequence.
+    previous: (B,) that number, or None at the start of a sequence. scale: as in `linear_score`.
     Returns (logits (B, T) float32, the number of every token (B, T) for the next call).
     """
-    of_token, for_next = float32_linear(x, weight.view(2, -1)).unbind(-1)  # (B, T) each
+    of_token, for_next = (float32_linear(x, weight.view(2, -1)) * scale).unbind(-1)  # (B, T) each
     of_previous = shift(for_next) if previous is None else previous[:, None]
     return of_token + of_previous + bias.float(), for_next
 
@@ -197,6 +240,15 @@ def top_k_ragged(score: torch.Tensor, capacity: float, lengths: list[int]) -> to
 def valid_mask(lengths: list[int], T: int, device) -> torch.Tensor:
     """(B, T) bool: True on the first lengths[r] places of row r."""
     return torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def first_of(mask: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first `room` selected tokens of each row: mask (B, T) → that mask, indices (B, room) as in `pack`, which of
+    those are selected (B, room). Nothing is read back to the host.
+    """
+    mask = mask & (mask.cumsum(1) <= room)
+    indices = torch.sort((~mask).int(), dim=1, stable=True).indices[:, :room]
+    return mask, indices, mask.gather(1, indices)
 
 
 def pack(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

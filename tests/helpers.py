@@ -29,9 +29,25 @@ SMALL = {
 }
 
 
+class Variant(str):
+    """An architecture's name that carries other settings: the tests of the architecture are tests of them."""
+
+    def __new__(cls, name: str, **overrides):
+        variant = super().__new__(cls, name)
+        variant.overrides = overrides
+        return variant
+
+    def __repr__(self):
+        return " ".join([str(self), *(f"{key}={value}" for key, value in self.overrides.items())])
+
+
 def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
     """Random weights ten times the usual size, so that attention and routing matter to every output."""
     torch.manual_seed(seed)
+    carried = getattr(architecture, "overrides", {})
+    if "num_hidden_layers" in overrides:
+        carried = {name: value for name, value in carried.items() if name != "routed_layers"}
+    overrides = carried | overrides
     model = Transformer(ModelConfig(architecture=architecture, **(SMALL | overrides))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
