@@ -476,6 +476,8 @@ class RoutedBlock(Block):
         if indices is None:
             indices, counts = routers.pack(decision.mask)  # (B, k), tokens of each row
             valid = routers.valid_mask(counts, indices.size(1), x.device)
+        else:
+            counts = [indices.size(1)] * x.size(0)
         keys = self.keys_of_all(x, ctx)
         guess = self.skip(x) if self.config.skip == "predict" else None
         base = self.skipped(x, decision.mask, guess)
