@@ -43,16 +43,9 @@ class MoDBlock(RoutedBlock):
         self.router = nn.Linear(cfg.hidden_size, 1, bias=False)
 
     def score(self, x, ctx, below, notes):
-<<<<<<< HEAD
         r = routers.linear_score(x, self.router.weight, self.router_scale(x))  # (B, T)
-        return Score(r, lambda: r.sigmoid() if self.config.mod_gate == "sigmoid" else r)
-=======
-        if self.config.router == "random":  # the control: noise selects, and gates nothing
-            return Score(torch.randn(x.shape[:2], device=x.device))
-        r = routers.linear_score(x, self.router.weight)  # (B, T)
         gate = r.sigmoid() if self.config.mod_gate == "sigmoid" else r
         return Score(r, lambda: gate)
->>>>>>> main
 
     def selection_losses(self, score, mask):
         return {"mod_aux": routers.selection_bce(score.value, mask), "mod_z": score.value.square().mean()}
