@@ -70,7 +70,9 @@ class Shape:
     rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
     tie_word_embeddings: bool = True  # the head is the embedding
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
-    routed_layers: list[int] | None = None  # blocks that skip tokens (unset: every second one, from 1)
+    routed_layers: list[int] | Literal["auto"] | None = (
+        None  # blocks that skip tokens (unset: every second one, from 1)
+    )
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
     skip: Literal["identity", "predict"] = "identity"  # predict: a small network guesses the update of skipped tokens
@@ -128,6 +130,8 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
 
     def layer_conflicts(self) -> list[str]:
         layers = self.routed_layers
+        if layers == "auto":
+            return ["routed_layers='auto' is chosen when train.py converts a model: set init_from"]
         if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers):
             return [f"routed_layers={layers} must ascend, from 0 to {self.num_hidden_layers - 1}"]
         alone = [i for i in layers if i == 0 or i - 1 in layers]
@@ -480,18 +484,26 @@ class Transformer(Generation, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory_or_hub_id: str, dtype=torch.float32, shard=None, **config_overrides
+        cls, directory_or_hub_id: str, dtype=torch.float32, shard=None, keep_layers=None, **config_overrides
     ) -> "Transformer":
         """Opens a Qwen2 checkpoint or one of ours; `architecture=` converts a dense one, whose routed parts start new.
 
-        shard: a function that shards the model, still without memory, and gives it memory: only this rank's rows are read.
+        keep_layers: the blocks that stay, by their number there; the others are dropped for good. shard: a function that shards the model, still without memory, and gives it memory: only this rank's rows are read.
         `loaded` and `initialized` on the result name the tensors of either kind. Beside the model itself, 16 MB of the
         files are in memory at a time. Raises ModelError for a model of another type or shape, unknown or missing tensors,
         and pickled weights.
         """
         directory = weights.find_model(str(directory_or_hub_id))
         stored = read_config(directory)
-        saved, config = ModelConfig.from_dict(stored), ModelConfig.from_dict(stored, **config_overrides)
+        saved = ModelConfig.from_dict(stored)
+        if keep_layers:
+            if (
+                sorted(set(keep_layers)) != keep_layers
+                or not 0 <= keep_layers[0] <= keep_layers[-1] < saved.num_hidden_layers
+            ):
+                raise ModelError(f"keep_layers={keep_layers} must ascend, from 0 to {saved.num_hidden_layers - 1}")
+            config_overrides["num_hidden_layers"] = len(keep_layers)
+        config = ModelConfig.from_dict(stored, **config_overrides)
         if lora.is_adapter(directory):
             if shard is not None:
                 raise ModelError(f"{directory} is a LoRA adapter, which cannot be sharded: leave parallel=fsdp out")
@@ -499,8 +511,13 @@ class Transformer(Generation, nn.Module):
         with torch.device("meta"):
             model = cls(config).to_dtype(dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some files hold the tied head twice
-        readers = weights.open_tensors(directory, weights.weight_paths(directory), expected, tied)
+
+        def rename(name):
+            if name == "lm_head.weight" and config.tie_word_embeddings:  # some files hold the tied head twice
+                return None
+            return renumbered(name, keep_layers) if keep_layers else name
+
+        readers = weights.open_tensors(directory, weights.weight_paths(directory), expected, rename)
         converting = saved.architecture == "dense" != config.architecture
         new = {name for name in expected if converting and model.is_routed_part(name)}
         weights.refuse_missing(directory, expected.keys() - readers.keys() - new)
@@ -512,6 +529,16 @@ class Transformer(Generation, nn.Module):
         weights.fill(model.state_dict(), readers)
         model.init_weights(model.initialized)
         return model.eval()
+
+
+def renumbered(name: str, keep_layers: list[int]) -> str | None:
+    """The name of a tensor where only these blocks stay, None where its block goes."""
+    place = name.split(".")
+    if place[:2] == ["model", "layers"]:
+        if int(place[2]) not in keep_layers:
+            return None
+        place[2] = str(keep_layers.index(int(place[2])))
+    return ".".join(place)
 
 
 def read_config(directory: str) -> dict:

@@ -36,6 +36,7 @@ import lora
 import parallel
 import publish
 from configurator import Amount, Count, NonNegative, Positive, Range, Share, cli, configure, problems
+from conversion import choose_layers, removal_costs
 from data import TokenData
 from device import device_name, peak_flops, pick_device, synchronize
 from errors import CheckpointError, ConfigError, TrainError
@@ -53,6 +54,8 @@ class TrainConfig:
     data_dir: str = "data/stdlib"  # token files, as prepare.py writes them
     out_dir: str = "out/run"  # where metrics.jsonl, checkpoints and final_model go
     init_from: str = "scratch"  # scratch, a model directory, or a Hugging Face id: user/name or user/name@revision
+    keep_layers: list[int] = field(default_factory=list)  # blocks of init_from that stay (none: all of them)
+    routed_share: Share = 0.5  # share of the blocks that routed_layers=auto chooses: those that are missed least
     size: str = "demo"  # shape of a model from scratch: demo, 10M, 50M, 0.5B … 72B; single keys override it
     resume: str = "none"  # none; auto: the newest intact checkpoint of out_dir, if any; or a step or run directory
 
@@ -122,7 +125,16 @@ class TrainConfig:
 
 # What a resumed run must not change: with another value it would be another run. Beside them every field of the model,
 # the data, and batch_size · grad_accum_steps (their product alone decides which sequences make a step).
-FIXED = ("init_from", "size", "seq_len", "seed", "capacity_start", "capacity_anneal_steps", "distill_from")
+FIXED = (
+    "init_from",
+    "keep_layers",
+    "size",
+    "seq_len",
+    "seed",
+    "capacity_start",
+    "capacity_anneal_steps",
+    "distill_from",
+)
 FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
 
 
@@ -541,14 +553,17 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
         model.init_weights(model.state_dict())
         return model
     else:
-        model = convert(cfg, model_set, shard, size_is_set)
+        model = convert(cfg, model_set, data, shard, size_is_set)
     check_fit(cfg, model.config, data, world())
     return model
 
 
-def convert(cfg, model_set, shard, size_is_set) -> Transformer:
+def convert(cfg, model_set, data, shard, size_is_set) -> Transformer:
     """The model of init_from, as the architecture that is asked for. Raises ConfigError where it cannot be trained on."""
-    model = Transformer.from_pretrained(cfg.init_from, shard=shard, **model_set)
+    if model_set.get("routed_layers") == "auto":
+        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data)}
+    keep = cfg.keep_layers or None
+    model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, **model_set)
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
     if any(getattr(model.config, name) != value for name, value in shape):
         raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
@@ -564,6 +579,20 @@ def convert(cfg, model_set, shard, size_is_set) -> Transformer:
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
     return model
+
+
+def spared_layers(cfg, model_set, data) -> list[int]:
+    """routed_layers="auto": the blocks that the dense parent misses least, on some sequences of the training text."""
+    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
+    if parent.routed:
+        raise ConfigError(
+            f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"
+        )
+    costs = removal_costs(parent, *data.batch(0, 8))
+    chosen = choose_layers(costs, cfg.routed_share, ModelConfig(architecture=model_set["architecture"]))
+    said = ", ".join(f"{i} {costs[i]:+.3f}{' routed' if i in chosen else ''}" for i in range(len(costs)))
+    say(f"loss without each block: {said}")
+    return chosen
 
 
 def check_fit(cfg, model_cfg, data, ranks):

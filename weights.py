@@ -81,15 +81,17 @@ def stored_tensors(path: str):
         yield name, shape, partial(read, name)
 
 
-def open_tensors(directory: str, paths: list[str], expected: dict[str, tuple], ignored=()) -> dict:
-    """{name: the function that reads it} of all tensors in safetensors files, but the ignored.
+def open_tensors(directory: str, paths: list[str], expected: dict[str, tuple], rename=lambda name: name) -> dict:
+    """{name: the function that reads it} of all tensors in safetensors files.
 
-    expected: {name: shape} of those that have a place. Raises ModelError for one that has none, or another shape.
+    expected: {name: shape} of those that have a place. rename: a stored name → the name here, or None to leave it out.
+    Raises ModelError for a tensor that has no place, or another shape.
     """
     readers = {}
     for path in paths:
-        for name, shape, read in stored_tensors(path):
-            if name in ignored:
+        for stored_name, shape, read in stored_tensors(path):
+            name = rename(stored_name)
+            if name is None:
                 continue
             if name not in expected:
                 raise ModelError(f"{directory}: unknown tensor {name}, which has no place in this model")
