@@ -103,10 +103,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of every position's angles, the same for every head: (…) int → two (…, 1, hd) float32."""
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float, scaling: dict | None = None):
+    """cos and signed sin of every position's angles, the same for every head: (…) int → two (…, 1, hd) float32.
+
+    scaling: Llama 3's, which slows frequencies whose waves are longer than the context that it was first trained on
+    (The Llama 3 Herd of Models, 2024; the ramp between the two bounds as in its released code).
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() * (1.0 / theta**exponents)  # (…, 1, hd / 2)
+    frequencies = 1.0 / theta**exponents  # (hd / 2)
+    if scaling:
+        low, high, slower = scaling["low_freq_factor"], scaling["high_freq_factor"], frequencies / scaling["factor"]
+        waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in that context
+        frequencies = torch.lerp(slower, frequencies, ((waves - low) / (high - low)).clamp(0, 1))
+    angles = positions[..., None, None].float() * frequencies  # (…, 1, hd / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -120,29 +129,34 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        d, kv = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim
-        self.head_dim = cfg.head_dim
-        self.q_proj = kernels.Linear(d, d, bias=True)
-        self.k_proj = kernels.Linear(d, kv, bias=True)
-        self.v_proj = kernels.Linear(d, kv, bias=True)
-        self.o_proj = kernels.Linear(d, d, bias=False)
+        d, q, kv = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        self.head_dim, bias = cfg.head_dim, cfg.model_type == "qwen2"
+        self.q_proj = kernels.Linear(d, q, bias=bias)
+        self.k_proj = kernels.Linear(d, kv, bias=bias)
+        self.v_proj = kernels.Linear(d, kv, bias=bias)
+        self.o_proj = kernels.Linear(q, d, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if cfg.model_type == "qwen3":
+            self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.rms_norm_eps) for _ in range(2))
 
     def keys_values(self, x, rope, store=None):
         """x (B, T, d) → its keys and values (B, n_kv, T, hd), or those to attend to where `store` files them; and a mask."""
         B, T, _ = x.shape
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rope).transpose(1, 2)  # (B, n_kv, T, hd)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
+        k = rotate(k, *rope).transpose(1, 2)  # (B, n_kv, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, hd)
         return (k, v, None) if store is None else store(k, v)
 
     def attend(self, x, rope, k, v, mask=None):
         """Queries of x (B, Q, d) over k, v (B, n_kv, S, hd): (B, Q, d). mask None: causal, Q = S, or one query over all."""
-        B, Q, d = x.shape
-        q = rotate(self.q_proj(x).view(B, Q, -1, self.head_dim), *rope).transpose(1, 2)  # (B, H, Q, hd)
+        B, Q, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, Q, -1, self.head_dim))
+        q = rotate(q, *rope).transpose(1, 2)  # (B, H, Q, hd)
         if Q == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
             y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(y.reshape(B, 1, d))
+            return self.o_proj(y.reshape(B, 1, -1))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, Q, hd)
-        return self.o_proj(y.transpose(1, 2).reshape(B, Q, d))
+        return self.o_proj(y.transpose(1, 2).reshape(B, Q, -1))
 
     def forward(self, x, rope, store=None):
         return self.attend(x, rope, *self.keys_values(x, rope, store))
@@ -234,7 +248,7 @@ class Block(nn.Module):
 
     def block_flops(self, n: int, input_grad: bool = True) -> tuple[float, float]:
         """FLOPs of the Qwen2 block on n packed tokens of a sequence: forward, backward. Attention as the full square."""
-        attention = 4 * n * n * self.config.hidden_size
+        attention = 4 * n * n * self.attention_width
         inner = [self.self_attn.o_proj, self.mlp]
         outer = [self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj]
         costs = [(attention, 2 * attention)]
@@ -267,7 +281,12 @@ class Block(nn.Module):
         d, f = self.config.hidden_size, self.config.intermediate_size
         kv = self.config.num_key_value_heads * self.config.head_dim
         normalised = (1.5 * p.casts - 0.5) * d + p.casts * d  # into q k v, into gate up
-        return 4 * p.residual * d + p.product * (normalised + 2 * d + 2 * kv + 4 * f)
+        return 4 * p.residual * d + p.product * (normalised + 2 * self.attention_width + 2 * kv + 4 * f)
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of one token's queries."""
+        return self.config.num_attention_heads * self.config.head_dim
 
     def activations(self, p: Precision) -> float:
         """Bytes that autograd keeps of one token of a training step in this layer."""
@@ -591,7 +610,7 @@ class RoutedBlock(Block):
         queries, keys = [attention.q_proj], [attention.k_proj, attention.v_proj]
         n_attended = n if self.config.routed_part == "block" else T  # tokens that attend
         n_keys = n if self.config.compact_cache else T
-        products = 4 * n_attended * n_keys * self.config.hidden_size
+        products = 4 * n_attended * n_keys * self.attention_width
         costs = [(products, 2 * products), linear_flops(mlp, n), linear_flops(attention.o_proj, n_attended)]
         costs += [linear_flops(module, n_attended, input_grad) for module in queries]
         return add(costs + [linear_flops(module, n_keys, input_grad) for module in keys])

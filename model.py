@@ -51,6 +51,7 @@ for _name, _size in SIZES.items():
         _size |= {"max_position_embeddings": 32768, "rope_theta": 1e6}
 
 
+FAMILIES = ("qwen2", "llama", "qwen3")
 Capacity = Annotated[float, Range(0, 1, open_low=True)]
 
 
@@ -66,7 +67,12 @@ class Shape:
     num_attention_heads: Count = 4  # query heads
     num_key_value_heads: Count = 2  # key and value heads, shared by groups of query heads
     max_position_embeddings: Count = 2048  # longest sequence, in tokens
+    model_type: Literal["qwen2", "llama", "qwen3"] = (
+        "qwen2"  # the block: biases on q, k, v; none; none, and q and k normed
+    )
+    head_dim: Count | None = None  # size of a head (unset: hidden_size / num_attention_heads)
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: dict | None = None  # Llama 3's, as its config.json has it
     rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
     tie_word_embeddings: bool = True  # the head is the embedding
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
@@ -112,9 +118,10 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         """What is wrong with values that are right by themselves."""
         found = []
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads:
+        if self.head_dim is None and self.hidden_size % heads:
             found.append(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}")
-        elif self.head_dim % 2:
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        if not found and self.head_dim % 2:
             found.append(f"hidden_size / num_attention_heads = {self.head_dim} must be even for RoPE")
         if heads % kv_heads:
             found.append(f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
@@ -150,10 +157,6 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         return ARCHITECTURES[self.architecture]
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def capacities(self) -> list[float]:
         """One per routed layer."""
         return per_layer(self.capacity, len(self.routed_layers))
@@ -166,28 +169,37 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         return cls(**(SIZES[size] | overrides))
 
     def to_dict(self) -> dict:
-        """The content of config.json: a Qwen2 config plus our fields.
+        """The content of config.json: the family's own config plus our fields.
 
         `architectures` is what programs such as vLLM choose their code by: they refuse a routed model.
         """
-        name = "Qwen2" if self.architecture == "dense" else self.architecture.capitalize()
-        qwen2 = {"model_type": "qwen2", "architectures": [f"{name}ForCausalLM"], "hidden_act": "silu"}
-        return qwen2 | {"use_sliding_window": False} | asdict(self)
+        family = self.model_type if self.architecture == "dense" else self.architecture
+        theirs = {"architectures": [f"{family.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+        return theirs | {"use_sliding_window": False, "attention_bias": False} | asdict(self)
 
     @classmethod
     def from_dict(cls, config: dict, **overrides) -> "ModelConfig":
-        """Reads config.json, ours or Qwen2's own. Raises ModelError for what this code would compute wrongly."""
-        if config.get("model_type") != "qwen2":
-            raise ModelError(f"model_type={config.get('model_type')!r} is not supported, only 'qwen2' is")
+        """Reads config.json, ours or a family's own. Raises ModelError for what this code would compute wrongly."""
+        if config.get("model_type") not in FAMILIES:
+            supported = ", ".join(map(repr, FAMILIES))
+            raise ModelError(f"model_type={config.get('model_type')!r} is not supported, only {supported} are")
         if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
             raise ModelError("use_sliding_window=true is not supported: attention here always sees the whole sequence")
         if config.get("hidden_act", "silu") != "silu":
             raise ModelError(f"hidden_act={config['hidden_act']!r} is not supported, only 'silu' is")
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method")
+            raise ModelError(f"quantization_config ({method}) is not supported: name the model's unquantised weights")
+        for bias in ("attention_bias", "mlp_bias"):
+            if config.get(bias):
+                raise ModelError(f"{bias}=true is not supported: no such model of these families is published")
         rope = config.get("rope_parameters") or {}
         scaling = (config.get("rope_scaling") or rope) or {}
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise ModelError(f"RoPE scaling {scaling} is not supported, only the default RoPE is")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ModelError(f"RoPE scaling {scaling} is not supported, only the default RoPE and Llama 3's are")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        known["rope_scaling"] = scaling if kind == "llama3" else None
         known.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
         known.setdefault("tie_word_embeddings", False)  # Qwen2Config's own default
@@ -218,7 +230,7 @@ class Trunk(nn.Module):
             mode, positions = "static", cache.lengths[:, None]  # (B, 1)
         elif cache is not None and max(cache.lengths) > 0:
             mode, positions = "step", torch.tensor(cache.lengths, device=input_ids.device)[:, None]  # (B, 1)
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         ctx = Context(mode, routing, positions, rope, lengths, cache)
         x, notes = self.embed_tokens(input_ids), [Notes()]  # (B, T, d)
         for layer in self.layers:

@@ -842,7 +842,7 @@ def damaged(directory, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "mistral"}, "model_type='mistral'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "RoPE scaling"),
