@@ -648,7 +648,7 @@ def test_the_trunk_is_one_graph_with_the_same_gradients(architecture, smallest, 
 
 
 def test_every_stair_of_an_annealed_capacity_is_compiled(monkeypatch):
-    """8 capacities, each with and without gradients: beyond the compiler's usual limit of variants."""
+    """Each with and without gradients: the fifth is beyond the compiler's usual limit of 8 variants."""
     compile = torch.compile
     monkeypatch.setattr("model.need_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda module, **how: compile(module, backend="eager", **how))
@@ -656,12 +656,12 @@ def test_every_stair_of_an_annealed_capacity_is_compiled(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.compile_trunk()
-    for stair in range(8):
+    for stair in range(5):
         model.set_capacity(1 - stair / 16)
         model(ids, ids).loss.backward()
         with torch.no_grad():
             model(ids, ids)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 16
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
 
 
 def test_thresholds_average_the_kth_score():
