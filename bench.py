@@ -25,28 +25,25 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from architectures import ARCHITECTURES
-from capacity import capacity_sweep, draw_sweep
-from configurator import Amount, Count, Range, cli, configure, problems
+from configurator import Amount, Count, cli, configure, problems
 from device import device_name, peak_flops, pick_device
 from errors import ConfigError
 from files import write_whole
-from flops import flops_table
 from harness import evaluate, find_tasks, log_to_wandb
-from model import ModelConfig
+from model import Capacity, ModelConfig
 from parallel import local_rank, rank, say, start_ranks, world
 from publish import git_revision
-from scoring import perplexity
-from speed import MEASURES, ROUTED, Measure, read_baseline, regressions, speed, speed_models, variant
+from scoring import capacity_sweep, perplexity
+from speed import MEASURES, ROUTED, Measure, flops_table, read_baseline, regressions, speed, speed_models, variant
 from trained import open_model
 
 OWN_TASKS = ("speed", "flops", "perplexity", "capacity")  # the others are lm-eval's
-Capacity = Annotated[float, Range(0, 1, open_low=True)]
 
 
 @dataclass
@@ -176,7 +173,6 @@ def main(argv):
         document["perplexity"] = perplexity(cfg, model, tokenizer)
     if "capacity" in cfg.tasks:
         document["capacity"] = capacity_sweep(cfg, model, tokenizer)
-        draw_sweep(document["capacity"], cfg.model_path)
     path, missing = cfg.output_path, []
     if tasks:
         path = cfg.lm_eval_path

@@ -1,4 +1,5 @@
-"""How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise.
+"""How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise;
+and these FLOPs by component, as torch counts them.
 
 `cfg` is bench.py's settings everywhere. Of the models, the dense one is what ratios refer to.
 """
@@ -14,15 +15,15 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from architectures import ARCHITECTURES
 from blocks import RoutedBlock
 from errors import ConfigError
-from inference import Decoder, calibrate
-from measure import cached, interleaved
+from figures import print_table
+from measure import Decoder, cached, calibrate, interleaved
 from model import ModelConfig, Transformer
 from parallel import say
-from tables import print_table
 
 Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8"]
 MEASURES = get_args(Measure)
@@ -136,7 +137,7 @@ class Suite:
         torch.manual_seed(1)
         self.decoded = self.random_ids(8, cfg.longest_sequence)
         self.x, self.y = (self.random_ids(cfg.batch_size, cfg.seq_len) for _ in range(2))
-        self.selected = {}  # {architecture: {routed layer: share of the tokens that causal routing selects}}
+        self.causal_flops = {}  # {architecture: FLOPs of a causal forward pass}
 
     def random_ids(self, *shape: int) -> torch.Tensor:
         return torch.randint(self.dense.config.vocab_size, shape, device=self.device)
@@ -160,7 +161,7 @@ class Suite:
         """
         rows = []
         for (name, is_compiled), seconds in times.items():
-            low, median, high = quartiles(seconds)
+            low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
             row = {"measure": measure, "variant": name, "compiled": is_compiled, "seconds": median / steps}
             row |= {"quartiles": [low / steps, high / steps], "tokens_per_s": tokens / median}
             row["ratio"] = median_ratio(seconds, times[DENSE, is_compiled])
@@ -175,10 +176,6 @@ class Suite:
             rows.append(row)
         print_speed(rows)
         self.rows += rows
-
-
-def quartiles(seconds: list[float]) -> list[float]:
-    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
@@ -257,18 +254,10 @@ def prepare_inference(suite: Suite, dtype):
     for name, model in suite.models.items():
         calibrate(model, text, np.mean(model.config.capacity))
         selected, kv_bytes = cached(model, suite.x)
-        suite.selected[name] = selected
+        of_token = model.flops_per_token(T, capacity=list(selected.values()))
+        suite.causal_flops[name] = of_token * suite.x.numel()
         suite.memory[name]["kv_bytes_per_token"] = kv_bytes
         suite.memory[name]["causal_capacity"] = statistics.mean(selected.values()) if selected else 1.0
-
-
-def causal_flops(suite: Suite) -> dict[str, float]:
-    """{architecture: FLOPs of a causal forward pass}."""
-    tokens, T = suite.x.numel(), suite.cfg.seq_len
-    return {
-        name: model.flops_per_token(T, capacity=list(suite.selected[name].values())) * tokens
-        for name, model in suite.models.items()
-    }
 
 
 def forward(suite: Suite):
@@ -283,7 +272,7 @@ def forward(suite: Suite):
 
 def causal(suite: Suite):
     times = suite.time(lambda model, _: model(suite.x, routing="causal"))
-    suite.report("causal", times, suite.x.numel(), causal_flops(suite))
+    suite.report("causal", times, suite.x.numel(), suite.causal_flops)
 
 
 def prefill(suite: Suite):
@@ -291,22 +280,20 @@ def prefill(suite: Suite):
     times = suite.time(lambda model, _: model(suite.x, routing="causal", cache=model.new_cache(B, T)))
     config = suite.dense.config
     head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
-    flops = {name: flops - head for name, flops in causal_flops(suite).items()}
+    flops = {name: flops - head for name, flops in suite.causal_flops.items()}
     suite.report("prefill", times, B * T, flops)
 
 
 def decode(suite: Suite, batch: int):
     cfg = suite.cfg
-    by_steps = {
-        name: model for name, model in suite.compiled.items() if name in suite.models
-    }  # transformers': eager only
+    compiled = {name: suite.compiled[name] for name in suite.models if cfg.compile}  # transformers': eager only
     decoders = {}
-    for model in (*suite.variants.values(), *by_steps.values()):
+    for model in (*suite.variants.values(), *compiled.values()):
         decoders[model] = Decoder(model, suite.decoded[:batch], cfg.seq_len, cfg.decode_steps)
-    times = suite.time(lambda model, _: decoders[model](), by_steps)
+    times = suite.time(lambda model, _: decoders[model](), compiled)
     nbytes, context = {}, cfg.seq_len + cfg.decoded_tokens / 2
     for name, model in suite.models.items():
-        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates(model.config.routed_layers))
+        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates())
     suite.report(f"decode{batch}", times, batch * cfg.decode_steps, nbytes, steps=cfg.decode_steps)
 
 
@@ -389,3 +376,68 @@ def regressions(speed: dict, facts: dict, baseline: dict) -> list[str]:
                 words = f"{measure} {name} compiled" if is_compiled else f"{measure} {name}"
                 slower.append(f"{words}: {ratio} {then:.3f} → {now:.3f}")
     return slower
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs by component
+
+
+def count_flops(config: ModelConfig, seq_len: int) -> tuple[dict[str, float], float]:
+    """FLOPs per token of one sequence's forward pass by component, and of the training step, as torch counts them.
+
+    Every operation of the real forward and backward pass, on tensors without memory: any size, on any machine. The loss
+    is taken from the logits, for the chunked loss is one operation that FlopCounterMode does not know.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = Transformer(config)
+        ids = torch.zeros(1, seq_len, dtype=torch.int64)
+        out = model(ids)
+        by_module = counter.get_flop_counts()
+        (F.cross_entropy(out.logits[0], ids[0]) + sum(out.losses.values())).backward()
+    components = by_component(model, by_module)
+    return {name: flops / seq_len for name, flops in components.items()}, counter.get_total_flops() / seq_len
+
+
+def by_component(model: Transformer, by_module: dict[str, dict]) -> dict[str, float]:
+    """Adds up what FlopCounterMode found in each module, {module: {operation: FLOPs}}."""
+    total = {name: sum(operations.values()) for name, operations in by_module.items()}
+    names = ("attention, projections", "attention, products", "MLP", "priors", "routers", "head")
+    components = dict.fromkeys(names, 0)
+    components["head"] = total["Transformer"] - total["Transformer.model"]
+    for i, layer in enumerate(model.model.layers):
+        path = f"Transformer.model.layers.{i}"
+        operations = by_module.get(f"{path}.self_attn", {})
+        products = sum(flops for operation, flops in operations.items() if "bmm" in str(operation))
+        attention, mlp = sum(operations.values()), total.get(f"{path}.mlp", 0)
+        priors = sum(total.get(f"{path}.{part}", 0) for part, group in layer.parts.items() if group == "prior")
+        components["attention, projections"] += attention - products
+        components["attention, products"] += products
+        components["MLP"] += mlp
+        components["priors"] += priors
+        components["routers"] += total[path] - attention - mlp - priors  # what is left of the layer
+    return components
+
+
+def flops_table(configs: dict[str, ModelConfig], seq_len: int) -> dict:
+    """Prints and returns {architecture: {component: FLOPs per token}}, with the sums of flops_per_token beside it."""
+    table = {}
+    for name, config in configs.items():
+        components, counted = count_flops(config, seq_len)
+        with torch.device("meta"):
+            model = Transformer(config)
+        table[name] = components | {
+            "training, forward": sum(components.values()),
+            "training step, counted": counted,
+            "training step, flops_per_token": model.flops_per_token(seq_len, training=True),
+            "inference, flops_per_token": model.flops_per_token(seq_len),
+        }
+    rows = [[f"MFLOPs per token, T={seq_len}", *table]]
+    for component in next(iter(table.values())):
+        rows.append([component, *(f"{column[component] / 1e6:,.4g}" for column in table.values())])
+    print()
+    print_table(rows)
+    return table
