@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from architectures import ARCHITECTURES
 from configurator import Amount, Count, cli, configure, problems
-from device import device_name, peak_flops, pick_device
+from device import device_name, pick_device
 from errors import ConfigError
 from files import write_whole
 from harness import evaluate, find_tasks, log_to_wandb
@@ -53,7 +53,7 @@ class BenchConfig:
     size: str = "10M"  # shape without a model_path: demo, 10M, 50M, 0.5B … 72B; single keys override it
     batch_size: Count = 4  # sequences at a time
     seq_len: Count = 256  # tokens of a sequence; perplexity: of the window; decoding: of the prompt
-    routing: Literal["causal", "topk"] = "causal"  # lm-eval: topk is the papers' protocol, which looks at the future
+    routing: Literal["causal", "topk"] = "causal"  # lm-eval: causal, or topk, the papers' protocol, which looks ahead
     limit: Amount = 0  # examples of an lm-eval task, windows of perplexity and capacity (0: all)
     output_path: str = ""  # JSON file of all results (lm-eval: the model folder's eval-ROUTING.json, if not set)
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -145,8 +145,7 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> 
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
     if "speed" in cfg.tasks:
         models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
-        peak = peak_flops(device, dtype == torch.bfloat16)
-        document["speed"] = speed(cfg, models, device, autocast, dtype, peak) | {"model": shape.to_dict()}
+        document["speed"] = speed(cfg, models, device, autocast, dtype) | {"model": shape.to_dict()}
         if baseline:
             slower = regressions(document["speed"], document, baseline)
         elif cfg.baseline:

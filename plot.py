@@ -117,9 +117,11 @@ def metric_panel(ax, runs: dict[str, dict], name: str, gap: float):
     label_ends(ax, ends, gap)
 
 
-def save(figure, folder: str, name: str):
-    """Writes a figure as PNG and as PDF."""
-    save_figure(figure, os.path.join(folder, f"{name}.png"), os.path.join(folder, f"{name}.pdf"))
+def save(figure, folder: str, name: str) -> str:
+    """Writes a figure as PNG, whose path is returned, and as PDF."""
+    path = os.path.join(folder, name)
+    save_figure(figure, f"{path}.png", f"{path}.pdf")
+    return f"{path}.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,13 +193,12 @@ def table_of(runs: dict[str, dict], models: dict, ids: torch.Tensor, prompt: tor
 
 def map_of_all(models: dict, tokenizer, ids: torch.Tensor):
     """The token × layer map of ids (T) with the strips of all models that route, or None where none does."""
-    groups, chosen = {}, []
-    for (name, model), colour in zip(models.items(), colours(models), strict=True):
-        if model.config.routed_layers:
-            groups[name] = trace(model, ids).masks
-            chosen.append(colour)
+    groups = {name: trace(model, ids).masks for name, model in models.items() if model.config.routed_layers}
+    if not groups:
+        return None
+    colour_of = dict(zip(models, colours(models), strict=True))
     title = "Validation text, and the tokens that entered each routed block (filled)"
-    return routing_map(title, token_texts(tokenizer, ids.tolist()), groups, chosen) if groups else None
+    return routing_map(title, token_texts(tokenizer, ids.tolist()), groups, [colour_of[name] for name in groups])
 
 
 def sample_lines(name: str, model, tokenizer, prompt: torch.Tensor) -> list[str]:
@@ -438,17 +439,12 @@ def main(argv: list[str]):
     out = cfg.out or parent
     if command == "report":
         report(runs, folders, out, cfg)
-        return
-    figures = {}
-    if command == "curves":
-        figures["curves"] = curves(runs)
+    elif command == "curves":
+        print(save(curves(runs), out, "curves"))
     else:
         for name, folder in folders.items():
             title = "routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"
-            figures[title] = routing(name, runs[name], folder, cfg)
-    for name, figure in figures.items():
-        save(figure, out, name)
-        print(os.path.join(out, f"{name}.png"))
+            print(save(routing(name, runs[name], folder, cfg), out, title))
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     if cfg.seq_len > longest:
         raise ConfigError(f"seq_len={cfg.seq_len} is longer than max_position_embeddings={longest}")
     rows, start = [], end_of_text(tokenizer)
+    table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
     for name, (ids, n_bytes) in read_texts(cfg.text, model, tokenizer).items():
         windows = windows_of(ids, start, cfg.seq_len, stride)[: cfg.limit or None]
         count = sum(len(targets) for _, targets in windows)
@@ -144,23 +145,16 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
             nats = -sum(logprob for logprob, _ in scores)
             row = {"text": name, "routing": routing, "tokens": count, "loss": nats / count}
             row |= {"perplexity": metrics.perplexity(nats / count), "window": cfg.seq_len, "stride": stride}
-            if count == len(ids) and n_bytes:  # of the part that --limit leaves nobody knows the bytes
+            size = bits = "n/a"  # of the part that --limit leaves nobody knows the bytes
+            if count == len(ids) and n_bytes:
                 row |= {"bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes}
+                size, bits = f"{n_bytes:,}", f"{row['bits_per_byte']:.4f}"
             rows.append(row)
-    print_perplexity(rows)
-    return rows
-
-
-def print_perplexity(rows: list[dict]):
-    table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
-    for row in rows:
-        cells = [row["text"][-28:], row["routing"], f"{row['tokens']:,}"]
-        cells.append(f"{row['bytes']:,}" if "bytes" in row else "n/a")
-        cells += [f"{row['loss']:.4f}", f"{row['perplexity']:.4f}"]
-        cells.append(f"{row['bits_per_byte']:.4f}" if "bytes" in row else "n/a")
-        table.append(cells)
+            cells = [name[-28:], routing, f"{count:,}", size, f"{row['loss']:.4f}", f"{row['perplexity']:.4f}", bits]
+            table.append(cells)
     print()
     print_table(table)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,9 +185,14 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
         runs[capacity] = partial(decode_as, model, decisions[-1], decoder)
     times = interleaved(runs, ids.device, cfg.warmup, cfg.repeats)
     decide_as(model, decisions[0])
+    table = [["capacity", "selected", "loss", "MFLOPs per token", "decode tokens/s"]]
     for row in rows:
         row["decode_tokens_per_s"] = cfg.decode_steps / statistics.median(times[row["capacity"]])
-    print_sweep(rows)
+        name = "as trained" if row["capacity"] is None else f"{row['capacity']:g}"
+        cells = [name, f"{row['selected']:.3f}", f"{row['loss']:.4f}"]
+        table.append([*cells, f"{row['flops_per_token'] / 1e6:,.4g}", f"{row['decode_tokens_per_s']:,.0f}"])
+    print()
+    print_table(table)
     draw_sweep(rows, cfg.model_path)
     return rows
 
@@ -234,16 +233,6 @@ def causal_loss(model: Transformer, windows: torch.Tensor, batch_size: int) -> t
             share = out.stats[f"layer_{layer}/causal_capacity"].item()
             ran[layer] += share * len(batch)  # divided at the end: 1 stays 1
     return loss, {layer: total / len(windows) for layer, total in ran.items()}
-
-
-def print_sweep(rows: list[dict]):
-    table = [["capacity", "selected", "loss", "MFLOPs per token", "decode tokens/s"]]
-    for row in rows:
-        name = "as trained" if row["capacity"] is None else f"{row['capacity']:g}"
-        cells = [name, f"{row['selected']:.3f}", f"{row['loss']:.4f}"]
-        table.append([*cells, f"{row['flops_per_token'] / 1e6:,.4g}", f"{row['decode_tokens_per_s']:,.0f}"])
-    print()
-    print_table(table)
 
 
 def draw_sweep(rows: list[dict], model_path: str):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from architectures import ARCHITECTURES
 from blocks import RoutedBlock
+from device import peak_flops
 from errors import ConfigError
 from figures import print_table
 from measure import Decoder, cached, calibrate, interleaved
@@ -63,19 +64,13 @@ def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, de
     return models
 
 
-def speed(cfg, models: dict[str, Transformer], device, autocast, dtype, peak: float | None) -> dict:
-    """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables.
-
-    peak: FLOP/s of the device, if they are known.
-    """
-    suite = Suite(cfg, models, device, peak)
+def speed(cfg, models: dict[str, Transformer], device, autocast, dtype) -> dict:
+    """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables."""
+    suite = Suite(cfg, models, device, peak_flops(device, dtype == torch.bfloat16))
     if "train" in cfg.measure or cfg.profile:
         training(suite, autocast)
     with torch.inference_mode():
-        prepare_inference(suite, dtype)
-        for name, measure in INFERENCE.items():
-            if name in cfg.measure:
-                measure(suite)
+        inference(suite, dtype)
     print_memory(suite.memory, cfg.compile)
     return {"rows": suite.rows, "memory": suite.memory}
 
@@ -128,8 +123,7 @@ class Suite:
 
     def __init__(self, cfg, models: dict[str, Transformer], device, peak: float | None):
         self.cfg, self.models, self.device, self.peak = cfg, models, device, peak
-        self.dense = models[DENSE]
-        self.variants = {PEER: Peer(self.dense).to(device), **models}
+        self.variants = {PEER: Peer(models[DENSE]).to(device), **models}
         self.compiled = {name: compiled(model) for name, model in self.variants.items()} if cfg.compile else {}
         self.rows, self.memory = [], {}
         for name, model in self.variants.items():
@@ -137,14 +131,12 @@ class Suite:
         torch.manual_seed(1)
         self.decoded = self.random_ids(8, cfg.longest_sequence)
         self.x, self.y = (self.random_ids(cfg.batch_size, cfg.seq_len) for _ in range(2))
-        self.causal_flops = {}  # {architecture: FLOPs of a causal forward pass}
 
     def random_ids(self, *shape: int) -> torch.Tensor:
-        return torch.randint(self.dense.config.vocab_size, shape, device=self.device)
+        return torch.randint(self.models[DENSE].config.vocab_size, shape, device=self.device)
 
-    def time(self, run, compiled: dict | None = None) -> dict:
+    def time(self, run, compiled: dict) -> dict:
         """Seconds of run(model, name), {(name, compiled): one a round}, of every variant and the models in `compiled`."""
-        compiled = compiled or {}
         for name, model in compiled.items():
             start = time.perf_counter()
             run(model, name)
@@ -245,65 +237,57 @@ def step_memory(step, model, optimizer, device) -> dict[str, int]:
     return memory
 
 
-def prepare_inference(suite: Suite, dtype):
-    """Brings every model to `dtype` and its routers to their capacity, and notes what that leaves in the KV cache."""
-    T = suite.cfg.seq_len
+def inference(suite: Suite, dtype):
+    cfg, x = suite.cfg, suite.x
+    B, T = x.shape
+    causal_flops = prepare_inference(suite, dtype)
+    config = suite.models[DENSE].config
+    if "forward" in cfg.measure:  # what a training step does forward: for some architectures more than inference does
+        flops = {}
+        for name, model in suite.models.items():
+            # A third of the step; of a causal router, whose input takes no gradient, the step has two parts of three.
+            routers = 4 * config.hidden_size * len(model.routed)
+            flops[name] = (model.flops_per_token(T, training=True) + routers) / 3 * B * T
+        suite.report("forward", suite.time(lambda model, _: model(x), suite.compiled), B * T, flops)
+    if "causal" in cfg.measure:
+        suite.report("causal", suite.time(lambda model, _: model(x, routing="causal"), {}), B * T, causal_flops)
+    if "prefill" in cfg.measure:
+        head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
+        flops = {name: flops - head for name, flops in causal_flops.items()}
+        times = suite.time(lambda model, _: model(x, routing="causal", cache=model.new_cache(B, T)), {})
+        suite.report("prefill", times, B * T, flops)
+    for batch in (1, 8):
+        if f"decode{batch}" in cfg.measure:
+            decode(suite, batch)
+
+
+def prepare_inference(suite: Suite, dtype) -> dict[str, float]:
+    """Brings every model to `dtype` and its routers to their capacity, and notes what that leaves in the KV cache.
+
+    Returns {architecture: FLOPs of a causal forward pass of x}.
+    """
+    T, flops = suite.cfg.seq_len, {}
     for model in suite.variants.values():
         model.to_dtype(dtype).eval()
     text = suite.random_ids(max(1, 8192 // T), T)
     for name, model in suite.models.items():
         calibrate(model, text, np.mean(model.config.capacity))
-        selected, kv_bytes = cached(model, suite.x)
-        of_token = model.flops_per_token(T, capacity=list(selected.values()))
-        suite.causal_flops[name] = of_token * suite.x.numel()
-        suite.memory[name]["kv_bytes_per_token"] = kv_bytes
+        selected, suite.memory[name]["kv_bytes_per_token"] = cached(model, suite.x)
         suite.memory[name]["causal_capacity"] = statistics.mean(selected.values()) if selected else 1.0
-
-
-def forward(suite: Suite):
-    """What a training step does forward: for some architectures more than inference does."""
-    tokens, flops = suite.x.numel(), {}
-    for name, model in suite.models.items():
-        # A third of the step; of a causal router, whose input takes no gradient, the step has two parts of three.
-        routers = 4 * model.config.hidden_size * len(model.routed)
-        flops[name] = (model.flops_per_token(suite.cfg.seq_len, training=True) + routers) / 3 * tokens
-    suite.report("forward", suite.time(lambda model, _: model(suite.x), suite.compiled), tokens, flops)
-
-
-def causal(suite: Suite):
-    times = suite.time(lambda model, _: model(suite.x, routing="causal"))
-    suite.report("causal", times, suite.x.numel(), suite.causal_flops)
-
-
-def prefill(suite: Suite):
-    B, T = suite.x.shape
-    times = suite.time(lambda model, _: model(suite.x, routing="causal", cache=model.new_cache(B, T)))
-    config = suite.dense.config
-    head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
-    flops = {name: flops - head for name, flops in suite.causal_flops.items()}
-    suite.report("prefill", times, B * T, flops)
+        flops[name] = model.flops_per_token(T, capacity=list(selected.values())) * suite.x.numel()
+    return flops
 
 
 def decode(suite: Suite, batch: int):
-    cfg = suite.cfg
+    cfg, decoders, nbytes = suite.cfg, {}, {}
     compiled = {name: suite.compiled[name] for name in suite.models if cfg.compile}  # transformers': eager only
-    decoders = {}
     for model in (*suite.variants.values(), *compiled.values()):
         decoders[model] = Decoder(model, suite.decoded[:batch], cfg.seq_len, cfg.decode_steps)
     times = suite.time(lambda model, _: decoders[model](), compiled)
-    nbytes, context = {}, cfg.seq_len + cfg.decoded_tokens / 2
     for name, model in suite.models.items():
+        context = cfg.seq_len + cfg.decoded_tokens / 2
         nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates())
     suite.report(f"decode{batch}", times, batch * cfg.decode_steps, nbytes, steps=cfg.decode_steps)
-
-
-INFERENCE = {
-    "forward": forward,
-    "causal": causal,
-    "prefill": prefill,
-    "decode1": partial(decode, batch=1),
-    "decode8": partial(decode, batch=8),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,8 +311,7 @@ def print_speed(rows: list[dict]):
 
 def print_memory(memory: dict[str, dict], compile: bool):
     columns = ["parameters", "activation_bytes", "peak_bytes", "kv_bytes_per_token", "causal_capacity"]
-    if compile:
-        columns.append("compile_seconds")
+    columns += ["compile_seconds"] if compile else []
     table = [["", *columns]]
     for name, values in memory.items():
         table.append([name, *(f"{values[column]:,.9g}" if column in values else "n/a" for column in columns)])
@@ -367,13 +350,12 @@ def regressions(speed: dict, facts: dict, baseline: dict) -> list[str]:
         say("note: the baseline was measured on another machine, or with other versions: ratios may differ for that")
     earlier, slower = by_key(baseline["speed"]["rows"]), []
     for key, ratios in by_key(speed["rows"]).items():
-        measure, name, is_compiled = key
-        if name == PEER or key not in earlier:
+        if key[1] == PEER or key not in earlier:
             continue
         for ratio, now in ratios.items():
             then = earlier[key][ratio]
             if (now / then if ratio == "ratio" else then / now) > SLOWER:
-                words = f"{measure} {name} compiled" if is_compiled else f"{measure} {name}"
+                words = " ".join([*key[:2], "compiled"] if key[2] else key[:2])
                 slower.append(f"{words}: {ratio} {then:.3f} → {now:.3f}")
     return slower
 

@@ -119,18 +119,13 @@ def continuations(model, tokenizer, prompt: torch.Tensor, n: int, count: int = 1
     sampling: temperature, top_k, top_p of `Transformer.generate`.
     """
     end = tokenizer.token_to_id(EOT)
-    end = -1 if end is None else end  # no token has the id −1
     prompts = prompt.to(model.head_weight.device).expand(count, -1)
-    ids = model.generate(prompts, n, stop_ids=(end,), **sampling)  # (count, T + n)
+    ids = model.generate(prompts, n, stop_ids=() if end is None else (end,), **sampling)  # (count, T + n)
     sequences = []
     for row in ids.cpu():
-        ends = (row[len(prompt) :] == end).nonzero()
-        sequences.append(row[: len(prompt) + int(ends[0]) + 1] if len(ends) else row)
+        new = row[len(prompt) :].tolist()
+        sequences.append(row[: len(prompt) + new.index(end) + 1] if end in new else row)
     return sequences
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What its router did
 
 
 @dataclass
