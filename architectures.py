@@ -48,7 +48,8 @@ class MoDBlock(RoutedBlock):
         if self.config.router == "random":  # the control: noise selects, and gates nothing
             return Score(torch.randn(x.shape[:2], device=x.device))
         r = routers.linear_score(x, self.router.weight)  # (B, T)
-        return Score(r, lambda: r.sigmoid() if self.config.mod_gate == "sigmoid" else r)
+        gate = r.sigmoid() if self.config.mod_gate == "sigmoid" else r
+        return Score(r, lambda: gate)
 
     def selection_losses(self, score, mask):
         if self.config.router == "random":
