@@ -178,77 +178,68 @@ def configure(doc, argv, *schemas, positional=None):
     if "--help" in argv or "-h" in argv:
         print_help(doc, schemas)
         sys.exit(0)
-    reader = Reader(schemas)
+    hints = [typing.get_type_hints(schema) for schema in schemas]  # without Ranges
+    types_of = {key: want for known in hints for key, want in known.items()}
+    settings, wrong = [{} for _ in schemas], []
+    for place, key, value, text in read_arguments(argv, types_of, positional, wrong):
+        if key not in types_of:
+            near = difflib.get_close_matches(key, types_of, 1, 0.5)
+            wrong.append(f"{place}: unknown key; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+        for known, chosen in zip(hints, settings, strict=True):
+            try:
+                if key in known:
+                    chosen[key] = convert(value, known[key], text)
+            except (ValueError, OverflowError):
+                allowed = limits(known[key]) if isinstance(value, str) else ""
+                why = f"{key}={value!r} {allowed}" if allowed else f"{place}: {value!r} is not {spell(known[key])}"
+                wrong.append(why)
+                break
+    if wrong:  # alone, values out of their limits are the dataclass's to refuse
+        for schema, values in zip(schemas, settings, strict=True):
+            wrong += out_of_limits(schema, values)
+        raise ConfigError("; ".join(wrong))
+    return settings
+
+
+def read_arguments(argv, types_of, positional, wrong):
+    """(how a message names it, key, value, whether that is text) of all that `argv` sets; what is none goes to `wrong`."""
     arguments, rest = list(argv), []
     while arguments:
         argument = arguments.pop(0)
-        if argument.startswith("--"):
-            reader.key(argument[2:], arguments)
-        elif argument.endswith(".py"):
-            reader.file(argument)
-        elif positional:
+        if argument.endswith(".py") and not argument.startswith("--"):
+            yield from read_file(argument, types_of, wrong)
+            continue
+        if not argument.startswith("--"):
             rest.append(argument)
-        else:
-            reader.problems.append(f"{argument!r} is neither a config file (*.py) nor --key=value")
-    if rest:
-        reader.put(positional, rest, False, positional)
-    if reader.problems:  # alone, values out of their limits are the dataclass's to refuse
-        for schema, values in zip(schemas, reader.settings, strict=True):
-            reader.problems += out_of_limits(schema, values)
-        raise ConfigError("; ".join(reader.problems))
-    return reader.settings
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals and types_of.get(key) is bool:
+            value = arguments.pop(0) if arguments and arguments[0].lower() in WORDS else "true"
+        elif not equals and key in types_of:
+            if not arguments or arguments[0].startswith("--"):
+                wrong.append(f"--{key}: a value is missing, as in --{key}=…")
+                continue
+            value = arguments.pop(0)
+        elif not equals and arguments and not arguments[0].startswith("--") and not arguments[0].endswith(".py"):
+            arguments.pop(0)  # the value of an unknown key: not a second error
+        yield f"--{key}", key, value, True
+    if positional and rest:
+        yield positional, positional, rest, False
+    elif rest:
+        wrong += [f"{argument!r} is neither a config file (*.py) nor --key=value" for argument in rest]
 
 
-class Reader:
-    """Puts one argument after another into `settings`, {key: value} for each dataclass, or a line into `problems`."""
-
-    def __init__(self, schemas):
-        self.hints = [typing.get_type_hints(schema) for schema in schemas]  # without Ranges
-        self.types_of = {key: want for hints in self.hints for key, want in hints.items()}  # of all dataclasses
-        self.settings = [{} for _ in schemas]
-        self.problems = []
-
-    def put(self, key, value, text, place):
-        """`value` of `key`; text: it is a string of the command line. place: how a message names it."""
-        if key not in self.types_of:
-            near = difflib.get_close_matches(key, self.types_of, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them"
-            self.problems.append(f"{place}: unknown key; {hint}")
-        for hints, settings in zip(self.hints, self.settings, strict=True):
-            try:
-                if key in hints:
-                    settings[key] = convert(value, hints[key], text)
-            except (ValueError, OverflowError):
-                choices = limits(hints[key]) if isinstance(value, str) else ""
-                wrong = f"{key}={value!r} {choices}" if choices else f"{place}: {value!r} is not {spell(hints[key])}"
-                self.problems.append(wrong)
-                return
-
-    def key(self, argument, following):
-        """`key=value`, or `key` whose value is the first of the arguments that follow; a bool needs none."""
-        key, equals, value = argument.partition("=")
-        if not equals and self.types_of.get(key) is bool:
-            value = following.pop(0) if following and following[0].lower() in WORDS else "true"
-        elif not equals and key in self.types_of:
-            if not following or following[0].startswith("--"):
-                self.problems.append(f"--{key}: a value is missing, as in --{key}=…")
-                return
-            value = following.pop(0)
-        elif not equals and following and not following[0].startswith("--") and not following[0].endswith(".py"):
-            following.pop(0)  # the value of an unknown key: not a second error
-        self.put(key, value, True, f"--{key}")
-
-    def file(self, path):
-        """A config file: the public names that it defines."""
-        try:
-            names = runpy.run_path(path)
-        except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
-            self.problems.append(f"config file {path}: {type(e).__name__}: {e}")
-            return
-        for name, value in names.items():
-            helper = name.startswith("_") or callable(value) or inspect.ismodule(value)
-            if name in self.types_of or not helper:
-                self.put(name, value, False, f"{path}: {name}")
+def read_file(path, types_of, wrong):
+    """The same of a config file: the public names that it defines."""
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
+        wrong.append(f"config file {path}: {type(e).__name__}: {e}")
+        return
+    for name, value in names.items():
+        helper = name.startswith("_") or callable(value) or inspect.ismodule(value)
+        if name in types_of or not helper:
+            yield f"{path}: {name}", name, value, False
 
 
 def comments_of(schema):

@@ -29,7 +29,7 @@ from functools import partial
 from itertools import groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from configurator import Count, Range, cli, configure, problems
 from data import SPLITS, VERSION
 from errors import ConfigError, DataError, first_line
 from files import publish, sha256, write_whole
-from sources import Source, plan, read_sources, read_unit, with_retries
+from sources import plan, read_sources, read_unit, with_retries
 from tokenizer import EOT, make_encoder, train_tokenizer
 
 BATCH = 1 << 20  # characters that a process encodes at a time
@@ -64,14 +64,6 @@ class PrepareConfig:
             found.append(f"shard={self.shard!r}: i/n with i from 0 to n-1, as in 0/4")
         if found:
             raise ConfigError("; ".join(found))
-
-
-class Job(NamedTuple):
-    """A unit of work, and where the record of its token files is once they are sealed."""
-
-    source: Source
-    unit: dict
-    record: Path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,12 +158,12 @@ def empty_part():
     return {"tokens": 0, "documents": 0, "files": []}
 
 
-def encode_unit(job, paths, submit, ahead, report):
+def encode_unit(source, unit, paths, submit, ahead, report):
     """Encode a unit into the token files `paths` ({split: path}); the parts {split: part} of the manifest."""
     with ExitStack() as stack:
         files = {split: stack.enter_context(closing(TokenFile(path))) for split, path in paths.items()}
         try:
-            batches = text_batches(read_unit(job.source, job.unit))
+            batches = text_batches(read_unit(source, unit))
             for encoded, done in in_order(submit, batches, ahead):
                 for split, (ids, documents) in encoded.items():
                     files[split].write(ids, documents)
@@ -205,15 +197,15 @@ class Progress:
 
 
 def encode_source(name, jobs, pool, ahead, out_dir):
-    """Encode and seal the jobs of one source, one after another, each by all processes of the pool."""
+    """Encode and seal the jobs (see list_jobs) of one source, one after another, each by all processes of the pool."""
     progress = Progress(name, len(jobs))
     with progress.bar:
-        for job in jobs:
-            split, number = job.unit["split"], job.unit["number"]
-            paths = {s: out_dir / s / f"{name}-{number:05d}.bin" for s in ([split] if split else SPLITS)}
-            submit = partial(pool.submit, encode_batch, split)
-            parts = with_retries(encode_unit, job, paths, submit, ahead, progress.report)
-            write_json(job.record, parts)
+        for source, unit, record in jobs:
+            splits = [unit["split"]] if unit["split"] else SPLITS
+            paths = {split: out_dir / split / f"{name}-{unit['number']:05d}.bin" for split in splits}
+            submit = partial(pool.submit, encode_batch, unit["split"])
+            parts = with_retries(encode_unit, source, unit, paths, submit, ahead, progress.report)
+            write_json(record, parts)
             progress.units += 1
             progress.tokens += sum(part["tokens"] for part in parts.values())
     tokens, seconds = progress.tokens, time.monotonic() - progress.began
@@ -223,7 +215,7 @@ def encode_source(name, jobs, pool, ahead, out_dir):
 def encode_share(cfg, jobs, out_dir, eot, width):
     """Encode and seal what is not sealed yet of this machine's share of the jobs, source by source."""
     number, shares = map(int, cfg.shard.split("/"))
-    todo = [job for job in jobs[number::shares] if read_record(job.record, out_dir, width) is None]
+    todo = [job for job in jobs[number::shares] if read_record(job[2], out_dir, width) is None]
     if not todo:
         return
     for source, unit, record in todo:
@@ -236,7 +228,7 @@ def encode_share(cfg, jobs, out_dir, eot, width):
     worker_arguments = (str(tokenizer_path), kind, eot, f"<u{width}", cfg.val_fraction)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, worker_arguments)
     try:
-        for name, group in groupby(todo, key=lambda job: job.source.name):
+        for name, group in groupby(todo, key=lambda job: job[0].name):
             encode_source(name, list(group), pool, 2 * workers, out_dir)
     except BrokenProcessPool:
         raise DataError("an encoding process was killed: short of memory? a lower num_proc needs less") from None
@@ -327,7 +319,7 @@ def write_json(path, content):
 
 
 def list_jobs(work, val_fraction, out_dir):
-    """A Job for each (source, unit); its record is named by all that its token files depend on.
+    """(source, unit, path of the record that its token files get); its name is a hash of all that they depend on.
 
     Raises DataError where out_dir holds a record of one of these sources that was made otherwise.
     """
@@ -335,9 +327,8 @@ def list_jobs(work, val_fraction, out_dir):
     for source, unit in work:
         made_from = [VERSION, tokenizer_digest, unit, source.text, source.join, unit["split"] or val_fraction]
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-        record = out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"
-        jobs.append(Job(source, unit, record))
-    known = {job.record for job in jobs}
+        jobs.append((source, unit, out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"))
+    known = {record for _, _, record in jobs}
     for name in dict.fromkeys(source.name for source, _ in work):
         if not known.issuperset((out_dir / "sealed" / name).glob("*.json")):
             raise DataError(f"{out_dir} holds {name} from other text or settings: set another out_dir, or delete it")
@@ -378,10 +369,6 @@ def merge_records(jobs, out_dir, width):
         if entry["weight"] is None:
             entry["weight"] = entry["train"]["tokens"] / 1e6
     return sources
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(argv):
