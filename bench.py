@@ -25,28 +25,25 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from architectures import ARCHITECTURES
-from capacity import capacity_sweep, draw_sweep
-from configurator import Amount, Count, Range, cli, configure, problems
-from device import device_name, peak_flops, pick_device
+from configurator import Amount, Count, cli, configure, problems
+from device import device_name, pick_device
 from errors import ConfigError
 from files import write_whole
-from flops import flops_table
 from harness import evaluate, find_tasks, log_to_wandb
-from model import ModelConfig
+from model import Capacity, ModelConfig
 from parallel import local_rank, rank, say, start_ranks, world
 from publish import git_revision
-from scoring import perplexity
-from speed import MEASURES, ROUTED, Measure, read_baseline, regressions, speed, speed_models, variant
+from scoring import capacity_sweep, perplexity
+from speed import MEASURES, ROUTED, Measure, flops_table, read_baseline, regressions, speed, speed_models, variant
 from trained import open_model
 
 OWN_TASKS = ("speed", "flops", "perplexity", "capacity")  # the others are lm-eval's
-Capacity = Annotated[float, Range(0, 1, open_low=True)]
 
 
 @dataclass
@@ -56,7 +53,7 @@ class BenchConfig:
     size: str = "10M"  # shape without a model_path: demo, 10M, 50M, 0.5B … 72B; single keys override it
     batch_size: Count = 4  # sequences at a time
     seq_len: Count = 256  # tokens of a sequence; perplexity: of the window; decoding: of the prompt
-    routing: Literal["causal", "topk"] = "causal"  # lm-eval: topk is the papers' protocol, which looks at the future
+    routing: Literal["causal", "topk"] = "causal"  # lm-eval: causal, or topk, the papers' protocol, which looks ahead
     limit: Amount = 0  # examples of an lm-eval task, windows of perplexity and capacity (0: all)
     output_path: str = ""  # JSON file of all results (lm-eval: the model folder's eval-ROUTING.json, if not set)
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -148,8 +145,7 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> 
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
     if "speed" in cfg.tasks:
         models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
-        peak = peak_flops(device, dtype == torch.bfloat16)
-        document["speed"] = speed(cfg, models, device, autocast, dtype, peak) | {"model": shape.to_dict()}
+        document["speed"] = speed(cfg, models, device, autocast, dtype) | {"model": shape.to_dict()}
         if baseline:
             slower = regressions(document["speed"], document, baseline)
         elif cfg.baseline:
@@ -176,7 +172,6 @@ def main(argv):
         document["perplexity"] = perplexity(cfg, model, tokenizer)
     if "capacity" in cfg.tasks:
         document["capacity"] = capacity_sweep(cfg, model, tokenizer)
-        draw_sweep(document["capacity"], cfg.model_path)
     path, missing = cfg.output_path, []
     if tasks:
         path = cfg.lm_eval_path

@@ -63,13 +63,18 @@ def save(out_dir, state, model, optimizer, of_rank, tokenizer_dir, keep_last, li
     group of its own where the model is sharded. When the step is there, all but the last `keep_last` and the best are
     dropped. Returns a future: the path, or CheckpointError with every earlier checkpoint untouched.
     """
-    path = Path(out_dir) / f"step_{state['step']:07d}"
+    path, metrics = Path(out_dir) / f"step_{state['step']:07d}", Path(out_dir) / "metrics.jsonl"
     partial = path.with_name(path.name + ".partial")
     begun, problem = ExitStack(), None
     if rank() == 0:
         try:
-            write_metrics(Path(out_dir) / "metrics.jsonl", lines)
-            begun.enter_context(folder_written_whole(path))
+            if lines:
+                append_lines(metrics, lines)
+            if metrics.exists():
+                flush(metrics)
+            begun.enter_context(folder_written_whole(path))  # unless it is finished, it vanishes with `begun`
+            if group is not None:
+                model.save_config(partial)
         except (CheckpointError, OSError) as e:
             problem = str(e)
     parts, problems = zip(*of_all((of_rank, problem)), strict=True)
@@ -98,14 +103,6 @@ def save(out_dir, state, model, optimizer, of_rank, tokenizer_dir, keep_last, li
     return WRITER.submit(finish)
 
 
-def write_metrics(file, lines):
-    """Appends lines that wait in memory, if any, and forces the file to disk."""
-    if lines:
-        append_lines(file, lines)
-    if file.exists():
-        flush(file)
-
-
 def whole_writer(partial, model, optimizer):
     """Copies everything to the host's memory; returns the function that writes the copies. Only the main rank writes."""
     if rank() > 0:
@@ -127,16 +124,15 @@ def sharded_writer(partial, model, optimizer, group):
     """The same where each rank holds, and writes, its own part."""
     import torch.distributed.checkpoint as dcp
 
-    if rank() == 0:
-        model.save_config(partial)
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    writing = dcp.async_save(named_state(model, optimizer), storage_writer=writer, process_group=group)
+    storage = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    writing = dcp.async_save(named_state(model, optimizer), storage_writer=storage, process_group=group)
 
     def write():
         try:
             writing.result()
         except dcp.CheckpointException as e:  # a BaseException that holds those of all ranks
-            raise CheckpointError(f"cannot write {partial}: {next(iter(e.failures.values()))[0]}") from e
+            path, reason = partial.with_suffix(""), next(iter(e.failures.values()))[0]
+            raise CheckpointError(f"cannot write {path}: {reason}") from e
 
     return write
 
@@ -201,14 +197,20 @@ def load_model(path, shard=None, **config_overrides):
     """The model of a checkpoint; `shard` as in Transformer.from_pretrained."""
     if not is_sharded(path):
         return Transformer.from_pretrained(path, shard=shard, **config_overrides)
+    config = json.loads((Path(path) / "config.json").read_text())
+    model = empty_model(ModelConfig.from_dict(config, **config_overrides), shard)
+    read_shards(path, model.state_dict())
+    return model
+
+
+def empty_model(config, shard=None):
+    """A model whose weights are yet to be drawn or read."""
     with torch.device("meta"):
-        config = json.loads((Path(path) / "config.json").read_text())
-        model = Transformer(ModelConfig.from_dict(config, **config_overrides))
+        model = Transformer(config)
     if shard is None:
         model.to_empty(device="cpu")
     else:
         shard(model)
-    read_shards(path, model.state_dict())
     return model
 
 
@@ -217,34 +219,32 @@ def load_optimizer(path, model, optimizer):
 
     Which entries a parameter's state has, the checkpoint says: those that the optimizer kept when it was written.
     """
-    names = {p: name for name, p in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if is_sharded(path):
-        entries = stored_entries(path)
-        kinds = {key.partition("/")[0] for key in entries if "/" in key}
-        for p in parameters:
-            sizes = {kind: entries[f"{kind}/{names[p]}"].size for kind in kinds if f"{kind}/{names[p]}" in entries}
-            optimizer.state[p] = {kind: empty_state(p, size) for kind, size in sizes.items()}
-        places = {f"{kind}/{names[p]}": t for p in parameters for kind, t in optimizer.state[p].items()}
+        parameters, places = dict(model.named_parameters()), {}
+        for key, entry in stored_entries(path).items():
+            kind, _, name = key.partition("/")  # exp_avg/<name>; a weight's key is its name alone
+            if name:
+                p = parameters[name]
+                places[key] = optimizer.state[p][kind] = empty_state(p, entry.size, entry.properties.dtype)
         read_shards(path, places)
         return
     # memory-mapped: a rank reads its rows
     stored = torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)["state"]
-    for i, p in enumerate(parameters):
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for kind, value in stored.get(i, {}).items():
             if torch.is_tensor(value):
-                place = empty_state(p, value.shape)
+                place = empty_state(p, value.shape, value.dtype)
                 local, rows = local_rows(place)
                 local.copy_(value if rows is None else value[rows])
                 value = place
             optimizer.state[p][kind] = value
 
 
-def empty_state(p, size) -> torch.Tensor:
+def empty_state(p, size, dtype) -> torch.Tensor:
     """Room for an entry of p's state: of p's own shape, and then divided as it is, or a number beside it."""
     if size == p.shape:
-        return torch.zeros_like(p, requires_grad=False)
-    return torch.zeros(size, device=p.device)
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    return torch.zeros(size, dtype=dtype, device=p.device)
 
 
 def read_state(path):

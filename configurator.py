@@ -20,12 +20,10 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import math
 import runpy
 import sys
 import textwrap
-import tokenize
 import types
 import typing
 from typing import Annotated
@@ -69,32 +67,23 @@ Share = Annotated[float, Range(0, 1)]
 def problems(cfg) -> list[str]:
     """What is wrong with the values of a dataclass: each field that leaves its Literal or its Range, in one line each.
 
-    A list, or one value in place of a list, is checked item by item; None passes where the annotation allows it.
+    A list, or one value in place of a list, is checked item by item; None passes everywhere.
     """
     return out_of_limits(type(cfg), vars(cfg))
 
 
 def out_of_limits(schema, values: dict) -> list[str]:
     """The same of some {key: value} of a dataclass."""
-    hints = typing.get_type_hints(schema, include_extras=True)
-    wrong = [key for key in hints if values.get(key) is not None and not fits(values[key], hints[key])]
-    return [f"{key}={values[key]!r} {limits(hints[key])}" for key in wrong]
-
-
-def fits(value, want) -> bool:
-    """Whether a value of the right type is within the Literals and Ranges of the annotation `want`."""
-    kind, args = typing.get_origin(want), typing.get_args(want)
-    several = isinstance(value, list | tuple)
-    if kind is typing.Literal:
-        return value in args
-    if kind is Annotated:
-        return all(value in allowed for allowed in args[1:])
-    if kind in UNIONS:
-        options = [option for option in args if option is not types.NoneType]
-        return any(fits(value, option) for option in options if (typing.get_origin(option) in (list, tuple)) == several)
-    if kind in (list, tuple) and several:
-        return all(fits(item, type_) for item, type_ in zip(value, item_types(kind, args, len(value)), strict=False))
-    return True
+    found = []
+    for key, want in typing.get_type_hints(schema, include_extras=True).items():
+        value, allowed = values.get(key), limits(want)
+        if value is None or not allowed:
+            continue
+        try:
+            convert(value, want)
+        except (ValueError, OverflowError):
+            found.append(f"{key}={value!r} {allowed}")
+    return found
 
 
 def limits(want) -> str:
@@ -106,36 +95,34 @@ def limits(want) -> str:
     return next(filter(None, map(limits, typing.get_args(want))), "")
 
 
-def item_types(kind, args, count) -> tuple:
-    """The types of `count` items of list[X], tuple[X, ...] or tuple[X, Y], whose arguments are `args`."""
-    return args if kind is tuple and Ellipsis not in args else args[:1] * count
-
-
 def convert(value, want, text=False):
-    """`value` as the annotated type `want`, or ValueError.
+    """`value` as the annotated type `want`, within its Literals and Ranges, or ValueError.
 
     An int passes for a float and 1e4 for an int; a list may be given as one value. With `text`, `value` is a string
     from the command line: `1e-4`, `true`, `none`, `a,b,c`, or a Python literal where a list or dict is wanted.
     """
     kind, args = typing.get_origin(want) or want, typing.get_args(want)
-    if kind in UNIONS:
+    if kind is Annotated:
+        value = convert(value, args[0], text)
+        if all(value in allowed for allowed in args[1:]):
+            return value
+    elif kind in UNIONS:
         for option in sorted(args, key=lambda option: option is str):  # str last: it takes any text
             with contextlib.suppress(ValueError):
                 return convert(value, option, text)
-        raise ValueError(f"{value!r} is not {spell(want)}")
-    if kind in (list, tuple):
+    elif kind in (list, tuple):
         return convert_items(value, want, text)
-    if text:
-        value = from_text(value, kind)
-    if kind is typing.Any or (kind is typing.Literal and value in args):
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number and not math.isnan(value):  # a NaN setting helps nobody
-        return float(value)
-    if kind is int and number and value == value // 1:
-        return int(value)
-    if kind not in (int, float, typing.Literal) and isinstance(value, kind):
-        return value
+    else:
+        value = from_text(value, kind) if text else value
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float and number and not math.isnan(value):  # a NaN setting helps nobody
+            return float(value)
+        if kind is int and number and value == value // 1:
+            return int(value)
+        if kind is typing.Any or (kind is typing.Literal and value in args):
+            return value
+        if kind not in (int, float, typing.Literal) and isinstance(value, kind):
+            return value
     raise ValueError(f"{value!r} is not {spell(want)}")
 
 
@@ -149,10 +136,10 @@ def convert_items(value, want, text):
     items = value if isinstance(value, list | tuple) else [value]
     if not args:
         return kind(items)
-    wanted = item_types(kind, args, len(items))
-    if len(wanted) != len(items):
+    types_of_items = args if kind is tuple and Ellipsis not in args else args[:1] * len(items)
+    if len(types_of_items) != len(items):
         raise ValueError(f"{value!r} is not {spell(want)}")
-    return kind(convert(item, type_, text) for item, type_ in zip(items, wanted, strict=True))
+    return kind(convert(item, type_, text) for item, type_ in zip(items, types_of_items, strict=True))
 
 
 def from_text(text, kind):
@@ -191,87 +178,68 @@ def configure(doc, argv, *schemas, positional=None):
     if "--help" in argv or "-h" in argv:
         print_help(doc, schemas)
         sys.exit(0)
-    reader = Reader(schemas)
+    hints = [typing.get_type_hints(schema) for schema in schemas]  # without Ranges
+    types_of = {key: want for known in hints for key, want in known.items()}
+    settings, wrong = [{} for _ in schemas], []
+    for place, key, value, text in read_arguments(argv, types_of, positional, wrong):
+        if key not in types_of:
+            near = difflib.get_close_matches(key, types_of, 1, 0.5)
+            wrong.append(f"{place}: unknown key; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+        for known, chosen in zip(hints, settings, strict=True):
+            try:
+                if key in known:
+                    chosen[key] = convert(value, known[key], text)
+            except (ValueError, OverflowError):
+                allowed = limits(known[key]) if isinstance(value, str) else ""
+                why = f"{key}={value!r} {allowed}" if allowed else f"{place}: {value!r} is not {spell(known[key])}"
+                wrong.append(why)
+                break
+    if wrong:  # alone, values out of their limits are the dataclass's to refuse
+        for schema, values in zip(schemas, settings, strict=True):
+            wrong += out_of_limits(schema, values)
+        raise ConfigError("; ".join(wrong))
+    return settings
+
+
+def read_arguments(argv, types_of, positional, wrong):
+    """(how a message names it, key, value, whether that is text) of all that `argv` sets; what is none goes to `wrong`."""
     arguments, rest = list(argv), []
     while arguments:
         argument = arguments.pop(0)
-        if argument.startswith("--"):
-            reader.key(argument[2:], arguments)
-        elif argument.endswith(".py"):
-            reader.file(argument)
-        elif positional:
+        if argument.endswith(".py") and not argument.startswith("--"):
+            yield from read_file(argument, types_of, wrong)
+            continue
+        if not argument.startswith("--"):
             rest.append(argument)
-        else:
-            reader.problems.append(f"{argument!r} is neither a config file (*.py) nor --key=value")
-    if rest:
-        reader.put(positional, rest, False, positional)
-    if reader.problems:  # alone, values out of their limits are the dataclass's to refuse
-        for schema, values in zip(schemas, reader.settings, strict=True):
-            reader.problems += out_of_limits(schema, values)
-        raise ConfigError("; ".join(reader.problems))
-    return reader.settings
-
-
-def field_types(schema) -> dict:
-    """{key: annotation, without Ranges} of a dataclass."""
-    hints = typing.get_type_hints(schema)
-    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
-
-
-class Reader:
-    """Puts one argument after another into `settings`, {key: value} for each dataclass, or a line into `problems`."""
-
-    def __init__(self, schemas):
-        self.fields = [field_types(schema) for schema in schemas]
-        self.types_of = {key: want for fields in self.fields for key, want in fields.items()}  # of all dataclasses
-        self.settings = [{} for _ in schemas]
-        self.problems = []
-
-    def put(self, key, value, text, place):
-        """`value` of `key`; text: it is a string of the command line. place: how a message names it."""
-        if key not in self.types_of:
-            near = difflib.get_close_matches(key, self.types_of, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them"
-            self.problems.append(f"{place}: unknown key; {hint}")
-            return
-        for fields, settings in zip(self.fields, self.settings, strict=True):
-            if key not in fields:
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals and types_of.get(key) is bool:
+            value = arguments.pop(0) if arguments and arguments[0].lower() in WORDS else "true"
+        elif not equals and key in types_of:
+            if not arguments or arguments[0].startswith("--"):
+                wrong.append(f"--{key}: a value is missing, as in --{key}=…")
                 continue
-            try:
-                settings[key] = convert(value, fields[key], text)
-            except (ValueError, OverflowError):
-                choices = limits(fields[key]) if isinstance(value, str) else ""
-                wrong = f"{key}={value!r} {choices}" if choices else f"{place}: {value!r} is not {spell(fields[key])}"
-                self.problems.append(wrong)
-                return
+            value = arguments.pop(0)
+        elif not equals and arguments and not arguments[0].startswith("--") and not arguments[0].endswith(".py"):
+            arguments.pop(0)  # the value of an unknown key: not a second error
+        yield f"--{key}", key, value, True
+    if positional and rest:
+        yield positional, positional, rest, False
+    elif rest:
+        wrong += [f"{argument!r} is neither a config file (*.py) nor --key=value" for argument in rest]
 
-    def key(self, argument, following):
-        """`key=value`, or `key` whose value is the first of the arguments that follow; a bool needs none."""
-        key, equals, value = argument.partition("=")
-        if equals:
-            pass
-        elif self.types_of.get(key) is bool:
-            value = following.pop(0) if following and following[0].lower() in WORDS else "true"
-        elif key in self.types_of:
-            if not following or following[0].startswith("--"):
-                self.problems.append(f"--{key}: a value is missing, as in --{key}=…")
-                return
-            value = following.pop(0)
-        elif following and not following[0].startswith("--") and not following[0].endswith(".py"):
-            following.pop(0)  # the value of an unknown key: not a second error
-        self.put(key, value, True, f"--{key}")
 
-    def file(self, path):
-        """A config file: the public names that it defines."""
-        try:
-            names = runpy.run_path(path)
-        except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
-            self.problems.append(f"config file {path}: {type(e).__name__}: {e}")
-            return
-        for name, value in names.items():
-            helper = name.startswith("_") or callable(value) or inspect.ismodule(value)
-            if name in self.types_of or not helper:
-                self.put(name, value, False, f"{path}: {name}")
+def read_file(path, types_of, wrong):
+    """The same of a config file: the public names that it defines."""
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen
+        wrong.append(f"config file {path}: {type(e).__name__}: {e}")
+        return
+    for name, value in names.items():
+        helper = name.startswith("_") or callable(value) or inspect.ismodule(value)
+        if name in types_of or not helper:
+            yield f"{path}: {name}", name, value, False
 
 
 def comments_of(schema):
@@ -279,10 +247,10 @@ def comments_of(schema):
     meaning = {}
     for base in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
         source = textwrap.dedent(inspect.getsource(base))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        nodes = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-        meaning |= {node.target.id: comments.get(node.end_lineno, "") for node in nodes}
+        lines = source.encode().splitlines()  # ast counts bytes
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                meaning[node.target.id] = lines[node.end_lineno - 1][node.end_col_offset :].decode().strip("# ")
     return meaning
 
 
@@ -291,17 +259,13 @@ def print_help(doc, schemas):
     printed = set()
     for schema in schemas:
         print(f"{schema.__name__}:")
-        meaning, types_of = comments_of(schema), field_types(schema)
+        meaning = comments_of(schema)
         for field in dataclasses.fields(schema):
-            if field.name in printed:
-                continue
-            printed.add(field.name)
-            default = repr(field.default)
-            if field.default_factory is not dataclasses.MISSING:
-                default = repr(field.default_factory())
-            elif field.default is dataclasses.MISSING:
-                default = f"required, {spell(types_of[field.name])}"
-            print(f"  --{field.name}={default}".ljust(40) + f"  {meaning.get(field.name, '')}".rstrip())
+            if field.name not in printed:
+                no_factory = field.default_factory is dataclasses.MISSING
+                default = field.default if no_factory else field.default_factory()
+                print(f"  --{field.name}={default!r}".ljust(40) + f"  {meaning.get(field.name, '')}".rstrip())
+                printed.add(field.name)
         print()
 
 

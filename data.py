@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import cli, configure
 from errors import DataError
 from files import sha256
 
@@ -75,8 +76,7 @@ def check_part(data_dir, split, part, width):
             raise ValueError(f"a file named {name!r}")
         if type(tokens) is not int or type(file["sha256"]) is not str:
             raise ValueError(f"{name} of {tokens!r} tokens, sha256 {file['sha256']!r}")
-        size = (data_dir / name).stat().st_size
-        if size != tokens * width:
+        if (size := (data_dir / name).stat().st_size) != tokens * width:
             raise DataError(
                 f"{data_dir / name} has {size:,} bytes where the manifest says {tokens * width:,}: "
                 "it was truncated or altered; prepare the data again"
@@ -87,11 +87,9 @@ def check_part(data_dir, split, part, width):
 
 def verify(data_dir):
     """Compare every file with its SHA-256 in the manifest; raises DataError naming the ones that differ."""
-    altered = []
-    for source in read_manifest(data_dir)["sources"].values():
-        for file in source["train"]["files"] + source["val"]["files"]:
-            if sha256(Path(data_dir) / file["name"]) != file["sha256"]:
-                altered.append(file["name"])
+    sources = read_manifest(data_dir)["sources"].values()
+    files = [file for source in sources for split in SPLITS for file in source[split]["files"]]
+    altered = [file["name"] for file in files if sha256(Path(data_dir) / file["name"]) != file["sha256"]]
     if altered:
         raise DataError(f"{data_dir}: altered since they were prepared: {', '.join(altered)}; prepare the data again")
 
@@ -172,14 +170,13 @@ class TokenData:
         self.blocks = np.array([(ends[-1] - 1) // seq_len for ends in self.ends])
 
         if split == "val":
-            self.counts = self.blocks
+            self.counts, seed = self.blocks, "val"
         elif len(self.names) == 1:
             self.counts = np.array([1])
         else:  # every source gets a slot, however small its weight
             weights = np.array([sources[name]["weight"] for name in self.names], float)
             self.counts = np.maximum(1, np.round(PERIOD * weights / weights.sum())).astype(int)
         self.which, self.rank = interleave(self.counts)
-        seed = "val" if split == "val" else seed
         digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
         self.keys = np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
 
@@ -208,14 +205,14 @@ class TokenData:
 
         rows = np.empty((count, self.seq_len + 1), np.int64)
         for row, source, block in zip(rows, *self.locate(first, count), strict=True):
-            ends, filled, first_token = self.ends[source], 0, int(block) * self.seq_len
-            file = int(np.searchsorted(ends, first_token, side="right"))
+            filled, begin = 0, int(block) * self.seq_len
+            file = int(np.searchsorted(self.ends[source], begin, side="right"))
+            begin -= int(self.ends[source][file - 1]) if file else 0  # within the file
             while filled < len(row):  # a block may run over the end of a file
-                begin = first_token + filled - (int(ends[file - 1]) if file else 0)
                 piece = self.files[source][file][begin : begin + len(row) - filled]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
-                file += 1
+                file, begin = file + 1, 0
         if count and rows.max() >= self.vocab_size:
             raise DataError(
                 f"{self.data_dir}: token id {rows.max():,} in sequences {first}-{first + count - 1} of {self.split}, "
@@ -240,9 +237,10 @@ def show(data_dir, cfg):
     if not numbers or cfg.seq_len < 1 or int(numbers[2] or numbers[1]) < int(numbers[1]):
         raise DataError(f"sequence={cfg.sequence!r}, seq_len={cfg.seq_len}: N or N-M, and at least 1 token")
     data = TokenData(data_dir, "train", cfg.seq_len, cfg.seed)
-    if not (data.data_dir / "tokenizer.json").exists():
+    path = data.data_dir / "tokenizer.json"
+    if not path.exists():
         raise DataError(f"{data_dir} has no tokenizer.json: its tokens cannot be read")
-    tokenizer = Tokenizer.from_file(str(data.data_dir / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(path))
     for number in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1):
         (source,), (block,) = data.locate(number, 1)
         ids, _ = data.batch(number, 1)
@@ -254,8 +252,6 @@ def main(argv):
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__.strip())
     elif argv[0] == "show" and len(argv) > 1:
-        from configurator import configure
-
         (settings,) = configure(__doc__, argv[2:], ShowConfig)
         show(argv[1], ShowConfig(**settings))
     elif argv[0] == "verify" and len(argv) == 2:
@@ -266,6 +262,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from configurator import cli
-
     cli(main)

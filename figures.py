@@ -1,4 +1,4 @@
-"""The common look of all pictures, and how they are written."""
+"""The common look of all pictures and tables, and how they are written."""
 
 import math
 import os
@@ -46,7 +46,7 @@ def save_figure(fig, *paths: str):
     for path in paths:
         with replacing(path) as temporary, matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
-            fig.savefig(temporary, format=os.path.splitext(path)[1][1:] or "png")
+            fig.savefig(temporary, format=os.path.splitext(path)[1][1:])
 
 
 def label_ends(ax, ends: list[tuple[float, str, str]], gap: float):
@@ -115,3 +115,23 @@ def routing_map(title: str, texts: list[str], groups: dict[str, dict[int, torch.
                 ax.broken_barh(spans, (top + y, 0.52), facecolors=faces, linewidth=0)
                 ax.text(-0.6, top + y + 0.27, name, fontsize=7, ha="right", va="center", color=colour)
     return fig
+
+
+def print_table(rows: list[list[str]]):
+    """Prints rows of cells, the header first, in columns as wide as their content: the first to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print(name.ljust(widths[0]), *cells, sep="  ", flush=True)
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """The same as lines of Markdown."""
+    header, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [header, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]
+
+
+def si(value: float) -> str:
+    """Three digits and a unit prefix: 1234567 → 1.23 M."""
+    power = min(int(math.log10(max(value, 1)) / 3), 5)
+    return f"{value / 1000**power:.3g} {' kMGTP'[power]}".rstrip()

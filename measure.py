@@ -1,4 +1,4 @@
-"""Measures that several scripts take of a model: times side by side, and what causal routing leaves in the cache."""
+"""How measurements are taken: calls side by side, routers brought to a capacity, decoding of given ids, the KV cache."""
 
 import gc
 import statistics
@@ -8,6 +8,8 @@ from functools import partial
 import torch
 
 from device import synchronize
+from generation import compiled_step
+from model import Transformer
 
 
 def interleaved(runs: dict, device, warmup: int, repeats: int) -> dict:
@@ -39,7 +41,7 @@ def decode_speeds(models: dict, prompt: torch.Tensor, n: int = 64, rounds: int =
 
 
 @torch.inference_mode()
-def cached(model, ids: torch.Tensor) -> tuple[dict[int, float], float]:
+def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], float]:
     """What causal routing of ids (B, T) leaves in the KV cache: ({routed layer: share of tokens}, bytes per token)."""
     tokens, size = dict.fromkeys(model.config.routed_layers, 0), 0
     for chunk in ids.split(8):
@@ -49,3 +51,54 @@ def cached(model, ids: torch.Tensor) -> tuple[dict[int, float], float]:
             tokens[layer] += sum(cache.layers[layer].lengths)
         size += cache.bytes_used()
     return {layer: held / ids.numel() for layer, held in tokens.items()}, size / ids.numel()
+
+
+@torch.inference_mode()
+def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
+    """Shifts the causal decision of every routed layer so that it selects the share `capacity` of the tokens of ids (B, T).
+
+    Layer by layer, from below: what a layer selects changes what the next one reads.
+    """
+    for layer in model.routed:
+        if model.config.causal_decision == "threshold":
+            layer.threshold.nan_to_num_()  # where no training has set it there are no margins
+        _, notes = model.model(ids, "causal")
+        margins = notes[layer.index].decision.margin.flatten().sort().values
+        skipped = round((1 - capacity) * len(margins))
+        below = margins[skipped - 1] if skipped else margins[0] - 16  # all, also of other text
+        above = margins[min(skipped, len(margins) - 1)]
+        layer.shift_decision(((below + above) / 2).item())
+
+
+class Decoder:
+    """Decodes ids (B, T) behind their first `prompt` tokens: each call the next `steps`, whatever the model would say."""
+
+    def __init__(self, model, ids: torch.Tensor, prompt: int, steps: int):
+        self.model, self.ids, self.position, self.steps = model, ids, prompt, steps
+        self.masks = []  # of every step so far {routed layer: (B, 1) bool}; none where steps are compiled
+        self.cache = model.new_cache(*ids.shape)
+        model(ids[:, :prompt], routing="causal", cache=self.cache)
+        self.compiled_step = None
+        if getattr(model, "decodes_compiled", False):
+            self.compiled_step = compiled_step(model.head_weight.is_cuda)
+            self.cache = model.static_cache(self.cache)
+
+    def __call__(self):
+        for _ in range(self.steps):
+            ids = self.ids[:, self.position : self.position + 1]  # (B, 1)
+            self.position += 1
+            if self.compiled_step:
+                self.compiled_step(self.model, ids, self.cache).argmax(-1)
+                continue
+            out = self.model(ids, routing="causal", cache=self.cache, return_masks=True)
+            out.logits.argmax(-1)
+            self.masks.append(getattr(out, "masks", None))
+
+    def rates(self) -> tuple[dict[int, float], dict[int, float]]:
+        """({routed layer: share of the tokens that it selected}, {routed layer: share of steps in which any row ran})."""
+        selected, ran = {}, {}
+        for layer in self.masks[0]:
+            masks = torch.stack([by_layer[layer] for by_layer in self.masks]).float()  # (steps, B, 1)
+            selected[layer] = masks.mean().item()
+            ran[layer] = masks.amax(1).mean().item()
+        return selected, ran

@@ -59,9 +59,8 @@ class Metrics:
         self.cfg, self.progress = cfg, progress
         self.peak = peak  # FLOP/s of a device, None where MFU is not known
         self.tokens_per_step = cfg.batch_size * cfg.grad_accum_steps * cfg.seq_len
-        self.file, self.pending, self.wandb_run = f"{cfg.out_dir}/metrics.jsonl", [], None
+        self.pending, self.wandb_run = [], None  # lines that are not on disk yet
         self.names: list[str] = []  # of the numbers of a row, without grad_norm and bad
-        self.bar = None
 
     def start_clock(self):
         hidden = rank() > 0 or not sys.stderr.isatty()
@@ -150,7 +149,7 @@ class Metrics:
             line[name] = value if isinstance(value, list) or math.isfinite(value) else None  # JSON has no NaN
         self.pending.append(json.dumps(line) + "\n")
         try:
-            append_lines(self.file, self.pending)
+            append_lines(f"{self.cfg.out_dir}/metrics.jsonl", self.pending)
         except OSError as e:
             say(f"warning: {e}; the metrics wait in memory")
         if self.wandb_run:

@@ -16,23 +16,13 @@ def make_optimizer(model, cfg) -> torch.optim.Optimizer:
     return torch.optim.AdamW(param_groups(model, cfg), lr=cfg.lr_base, betas=(0.9, 0.95), fused=True)
 
 
-def peak_rates(cfg) -> dict[str, float]:
-    """The learning rate of each group, before warm-up and decay."""
-    return {
-        "base": cfg.lr_base,
-        "prior": cfg.lr_prior,
-        "router": cfg.lr_router,
-        "causal_router": cfg.lr_causal_router,
-        "lora": cfg.lr_lora,
-    }
-
-
 def param_groups(model, cfg) -> list[dict]:
     """Every trainable parameter in exactly one group: by what its layer says, and decayed if it is a matrix.
 
     Raises ConfigError for a group that has no rate.
     """
-    rates, groups = peak_rates(cfg), {}
+    names, groups = ("base", "prior", "router", "causal_router", "lora"), {}
+    rates = {name: getattr(cfg, f"lr_{name}") for name in names}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -65,12 +55,14 @@ def set_rates(optimizer, scale: float) -> dict[str, float]:
 def step_unless(bad: torch.Tensor, optimizer):
     """One step, or none where `bad`, a scalar, is not 0: then weights and state stay as they are.
 
-    Fused optimizers read it on the device, so that the host need not wait to know (as torch's GradScaler does); for any
-    other the host reads it, and so on MPS, where releases of torch before 2.12 ignore it.
+    A fused Adam reads it on the device, so that the host need not wait to know (as torch's GradScaler does). For any other
+    optimizer the host reads it: a fused SGD would begin its momentum with whatever lies in memory. So it does on MPS,
+    where releases of torch before 2.12 ignore it.
     """
-    kind = optimizer.param_groups[0]["params"][0].device
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and kind.type != "mps":
-        optimizer.found_inf = bad.to(kind)
+    device = optimizer.param_groups[0]["params"][0].device
+    fused = isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"]
+    if fused and device.type != "mps":
+        optimizer.found_inf = bad.to(device)
         optimizer.step()
     elif not bad.item():
         optimizer.step()

@@ -17,10 +17,6 @@ from tqdm import tqdm
 from blocks import Precision
 from optimizer import OPTIMIZER_BYTES
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One rank among several, or the only one
-
-
 STARTS = itertools.count()  # of groups, in this process
 
 
@@ -45,8 +41,8 @@ def start_ranks(backend: str | None = None):
     prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(STARTS)}"
     store = dist.PrefixStore(prefix, next(dist.rendezvous("env://"))[0])
     backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=ranks[0], world_size=ranks[1])
+    number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
 
 
 def say(text: str):
@@ -78,10 +74,6 @@ def all_reduce(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tenso
     if world() > 1:
         dist.all_reduce(tensor, operation)
     return tensor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding
 
 
 def shard(model, device, bf16, offload):
@@ -141,10 +133,6 @@ def clip_grad_norm(parameters, max_norm, device):
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
 def activations(model, batch: int, seq_len: int, bf16: bool, sharded: bool, checkpointing: bool) -> float:
     """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
     autocast = bf16 and not sharded  # which casts every product's input, and leaves the residual stream in float32
@@ -157,17 +145,15 @@ def activations(model, batch: int, seq_len: int, bf16: bool, sharded: bool, chec
 
 def memory(model, cfg, ranks: int, micro_steps: int, bf16: bool) -> dict[str, float]:
     """Estimated bytes that one rank holds at the peak of a training step, by what holds them."""
-    sharded = cfg.parallel == "fsdp"
     n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_layers = sum(p.numel() for p in model.model.layers.parameters())
-    ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
-    share = 1.0
+    sharded, share = cfg.parallel == "fsdp", 1.0
+    working = 2 * n if bf16 else 0  # autocast's copies
     if sharded:
         share = 0.0 if cfg.offload else 1 / ranks
+        ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
         working = (2 if bf16 else 4) * (ends + 2 * block)  # gathered: the one that runs and the next
-    else:
-        working = 2 * n if bf16 else 0  # autocast's copies
     # Between two exchanges of gradients a sharded model's are whole on every rank.
     gradients = 4 * trained * (1 if sharded and micro_steps > 1 else share)
     vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size

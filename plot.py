@@ -23,12 +23,10 @@ from configurator import Count, cli, configure, problems
 from data import TokenData
 from device import device_name
 from errors import CheckpointError, ConfigError
-from figures import COLOURS, STYLE, colours, label_ends, routing_map, save_figure
+from figures import COLOURS, STYLE, colours, label_ends, markdown_table, print_table, routing_map, save_figure, si
 from files import write_whole
 from measure import cached, decode_speeds
-from tables import markdown_table, print_table, si
-from tracing import trace
-from trained import continuations, encode, open_model, token_texts, visible
+from trained import continuations, encode, open_model, token_texts, trace, visible
 
 
 @dataclass
@@ -119,9 +117,11 @@ def metric_panel(ax, runs: dict[str, dict], name: str, gap: float):
     label_ends(ax, ends, gap)
 
 
-def save(figure, folder: str, name: str):
-    """Writes a figure as PNG and as PDF."""
-    save_figure(figure, os.path.join(folder, f"{name}.png"), os.path.join(folder, f"{name}.pdf"))
+def save(figure, folder: str, name: str) -> str:
+    """Writes a figure as PNG, whose path is returned, and as PDF."""
+    path = os.path.join(folder, name)
+    save_figure(figure, f"{path}.png", f"{path}.pdf")
+    return f"{path}.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,13 +193,12 @@ def table_of(runs: dict[str, dict], models: dict, ids: torch.Tensor, prompt: tor
 
 def map_of_all(models: dict, tokenizer, ids: torch.Tensor):
     """The token × layer map of ids (T) with the strips of all models that route, or None where none does."""
-    groups, chosen = {}, []
-    for (name, model), colour in zip(models.items(), colours(models), strict=True):
-        if model.config.routed_layers:
-            groups[name] = trace(model, ids).masks
-            chosen.append(colour)
+    groups = {name: trace(model, ids).masks for name, model in models.items() if model.config.routed_layers}
+    if not groups:
+        return None
+    colour_of = dict(zip(models, colours(models), strict=True))
     title = "Validation text, and the tokens that entered each routed block (filled)"
-    return routing_map(title, token_texts(tokenizer, ids.tolist()), groups, chosen) if groups else None
+    return routing_map(title, token_texts(tokenizer, ids.tolist()), groups, [colour_of[name] for name in groups])
 
 
 def sample_lines(name: str, model, tokenizer, prompt: torch.Tensor) -> list[str]:
@@ -298,8 +297,7 @@ class Selection:
     loss: np.ndarray  # (n) of the token after each one, in nats
     kinds: np.ndarray  # (n) index into KINDS
     counts: np.ndarray  # (n) how often the token stands in training text
-    positions: np.ndarray  # (n) in the token's sequence
-    seq_len: int
+    seq_len: int  # T
 
     @property
     def shades(self) -> np.ndarray:
@@ -333,7 +331,6 @@ def selection_of(folder: str, cfg: PlotConfig) -> Selection:
         loss=torch.cat(losses).numpy(),
         kinds=np.concatenate(kinds),
         counts=in_training[ids].flatten().numpy(),
-        positions=np.tile(np.arange(seq_len), len(ids)),
         seq_len=seq_len,
     )
 
@@ -361,33 +358,14 @@ def kind_panel(ax, selection: Selection):
     ax.invert_yaxis()
 
 
-def rate_lines(ax, selection: Selection, x, groups: np.ndarray):
+def rate_lines(ax, selection: Selection, x, groups: np.ndarray, **labels):
     """The selection rate of each layer within each group of tokens, drawn at x (groups)."""
     by_group, ends = rates(selection.masks, groups, len(x)), []
     for row, layer, shade in zip(by_group, selection.layers, selection.shades, strict=True):
         ax.plot(x, row, color=shade, marker="o", markersize=2.5, clip_on=False)
         ends.append((row[-1], f"layer {layer}", shade))
-    ax.set(ylim=(0, 1))
+    ax.set(ylim=(0, 1), **labels)
     label_ends(ax, ends if len(ends) <= 6 else [ends[0], ends[-1]], gap=0.08)
-
-
-def frequency_panel(ax, selection: Selection):
-    rate_lines(ax, selection, range(1, 11), deciles(selection.counts))
-    ax.set(title="By frequency in training text", xlabel="decile (10: most frequent)")
-
-
-def position_panel(ax, selection: Selection):
-    bins = min(32, selection.seq_len)
-    middles = (np.arange(bins) + 0.5) * selection.seq_len / bins
-    rate_lines(ax, selection, middles, selection.positions * bins // selection.seq_len)
-    ax.set(title="By position", xlabel="token of the sequence", ylabel=SHARE)
-
-
-def loss_panel(ax, selection: Selection):
-    groups = deciles(selection.loss)
-    means = [selection.loss[groups == decile].mean() for decile in range(10)]
-    rate_lines(ax, selection, means, groups)
-    ax.set(title="By the loss of the next token", xlabel="nats (means of deciles)")
 
 
 def surprise_panel(ax, metrics: dict):
@@ -410,15 +388,28 @@ def routing(name: str, metrics: dict, folder: str, cfg: PlotConfig):
     from matplotlib.figure import Figure
 
     selection = selection_of(folder, cfg)
+    n, seq_len = len(selection.loss), selection.seq_len
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 6), layout="constrained")
-        *axes, last = fig.subplots(2, 3).flat
-        panels = (layer_panel, kind_panel, frequency_panel, position_panel, loss_panel)
-        for panel, ax in zip(panels, axes, strict=True):
-            panel(ax, selection)
-        surprise_panel(last, metrics)
-        tokens = f"{len(selection.loss):,} tokens of validation text"
-        fig.suptitle(f"{name}: tokens that causal routing selects, {tokens}", fontsize=10)
+        by_layer, by_kind, by_frequency, by_position, by_loss, surprise = fig.subplots(2, 3).flat
+        layer_panel(by_layer, selection)
+        kind_panel(by_kind, selection)
+
+        labels = {"title": "By frequency in training text", "xlabel": "decile (10: most frequent)"}
+        rate_lines(by_frequency, selection, range(1, 11), deciles(selection.counts), **labels)
+
+        bins = min(32, seq_len)
+        bin_of, middles = np.arange(n) % seq_len * bins // seq_len, (np.arange(bins) + 0.5) * seq_len / bins
+        labels = {"title": "By position", "xlabel": "token of the sequence", "ylabel": SHARE}
+        rate_lines(by_position, selection, middles, bin_of, **labels)
+
+        groups = deciles(selection.loss)
+        means = [selection.loss[groups == decile].mean() for decile in range(10)]
+        labels = {"title": "By the loss of the next token", "xlabel": "nats (means of deciles)"}
+        rate_lines(by_loss, selection, means, groups, **labels)
+
+        surprise_panel(surprise, metrics)
+        fig.suptitle(f"{name}: tokens that causal routing selects, {n:,} tokens of validation text", fontsize=10)
     return fig
 
 
@@ -448,17 +439,12 @@ def main(argv: list[str]):
     out = cfg.out or parent
     if command == "report":
         report(runs, folders, out, cfg)
-        return
-    figures = {}
-    if command == "curves":
-        figures["curves"] = curves(runs)
+    elif command == "curves":
+        print(save(curves(runs), out, "curves"))
     else:
         for name, folder in folders.items():
             title = "routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"
-            figures[title] = routing(name, runs[name], folder, cfg)
-    for name, figure in figures.items():
-        save(figure, out, name)
-        print(os.path.join(out, f"{name}.png"))
+            print(save(routing(name, runs[name], folder, cfg), out, title))
 
 
 if __name__ == "__main__":

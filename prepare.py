@@ -29,7 +29,7 @@ from functools import partial
 from itertools import groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from configurator import Count, Range, cli, configure, problems
 from data import SPLITS, VERSION
 from errors import ConfigError, DataError, first_line
 from files import publish, sha256, write_whole
-from sources import Source, plan, read_sources, read_unit, with_retries
+from sources import plan, read_sources, read_unit, with_retries
 from tokenizer import EOT, make_encoder, train_tokenizer
 
 BATCH = 1 << 20  # characters that a process encodes at a time
@@ -66,14 +66,6 @@ class PrepareConfig:
             raise ConfigError("; ".join(found))
 
 
-class Job(NamedTuple):
-    """A unit of work, and where the record of its token files is once they are sealed."""
-
-    source: Source
-    unit: dict
-    record: Path
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoding
 
@@ -94,12 +86,12 @@ def start_worker(tokenizer_path, kind, eot, dtype, val_fraction):
 
 
 def encode_batch(split, texts):
-    """In a worker: {split: (its token files' bytes, its documents)} of `texts`; split None: by the hash of each."""
+    """In a worker: {split: (ids, number of documents)} of `texts`; split None: by the hash of each."""
     encode, end, dtype, val_fraction = worker
     ids = {name: [] for name in SPLITS}
     for text in texts:
         ids[split or ("val" if held_out(text, val_fraction) else "train")] += [encode(text), end]
-    return {name: (np.concatenate(a).astype(dtype).tobytes(), len(a) // 2) for name, a in ids.items() if a}
+    return {name: (np.concatenate(a).astype(dtype), len(a) // 2) for name, a in ids.items() if a}
 
 
 def text_batches(documents):
@@ -133,8 +125,7 @@ class TokenFile:
     def __init__(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.bytes = self.documents = 0
-        self.digest = hashlib.sha256()
+        self.part, self.digest = empty_part(), hashlib.sha256()
         self.file = open(self.partial, "ab")  # noqa: SIM115
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with this process, however that ends
@@ -142,22 +133,20 @@ class TokenFile:
             raise DataError(f"{path}: another prepare.py is writing it; wait for it to end") from None
         self.file.truncate(0)
 
-    def write(self, raw, documents):
-        self.file.write(raw)
-        self.digest.update(raw)
-        self.bytes += len(raw)
-        self.documents += documents
+    def write(self, ids, documents):
+        self.file.write(ids)
+        self.digest.update(ids)
+        self.part["tokens"] += len(ids)
+        self.part["documents"] += documents
 
-    def seal(self, width):
+    def seal(self):
         """Publish the file, if there is anything in it; its part of the manifest."""
-        tokens = self.bytes // width
-        part = {"tokens": tokens, "documents": self.documents, "files": []}
-        if tokens:
+        if self.part["tokens"]:
             self.file.flush()
             publish(self.partial, self.path)
             name = f"{self.path.parent.name}/{self.path.name}"
-            part["files"].append({"name": name, "tokens": tokens, "sha256": self.digest.hexdigest()})
-        return part
+            self.part["files"].append({"name": name, "tokens": self.part["tokens"], "sha256": self.digest.hexdigest()})
+        return self.part
 
     def close(self):
         self.partial.unlink(missing_ok=True)
@@ -165,35 +154,39 @@ class TokenFile:
             self.file.close()
 
 
-def encode_unit(job, paths, submit, ahead, width, report):
-    """Encode a unit into the token files `paths` ({split: path}); their parts {split: part} of the manifest."""
+def empty_part():
+    return {"tokens": 0, "documents": 0, "files": []}
+
+
+def encode_unit(source, unit, paths, submit, ahead, report):
+    """Encode a unit into the token files `paths` ({split: path}); the parts {split: part} of the manifest."""
     with ExitStack() as stack:
         files = {split: stack.enter_context(closing(TokenFile(path))) for split, path in paths.items()}
         try:
-            batches = text_batches(read_unit(job.source, job.unit))
+            batches = text_batches(read_unit(source, unit))
             for encoded, done in in_order(submit, batches, ahead):
-                for split, (raw, documents) in encoded.items():
-                    files[split].write(raw, documents)
-                report(done, sum(file.bytes for file in files.values()) // width)
-            empty = {"tokens": 0, "documents": 0, "files": []}
-            return {split: files[split].seal(width) if split in files else empty for split in SPLITS}
+                for split, (ids, documents) in encoded.items():
+                    files[split].write(ids, documents)
+                report(done, sum(file.part["tokens"] for file in files.values()))
+            return {split: files[split].seal() if split in files else empty_part() for split in SPLITS}
         except OSError as e:
             e.filename = e.filename or str(next(iter(paths.values())))  # a full disk does not say where
             raise
 
 
 class Progress:
-    """The progress bar of a source; without a terminal, a line a minute."""
+    """The progress bar of a source; without a terminal, a line a minute. units, tokens: what is sealed."""
 
     def __init__(self, name, units):
         self.name = name
+        self.units = self.tokens = 0
         self.began = self.last_line = time.monotonic()
         look = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left{postfix}"
         self.bar = tqdm(total=units, desc=name, bar_format=look, disable=None)
 
-    def report(self, units, tokens, done, new_tokens):
-        """So many units and their tokens are sealed; of the next one, this fraction is done and so many tokens written."""
-        units, tokens, seconds = units + done, tokens + new_tokens, time.monotonic() - self.began
+    def report(self, done, new_tokens):
+        """Of the unit at work, this fraction is done and so many tokens are written."""
+        units, tokens, seconds = self.units + done, self.tokens + new_tokens, time.monotonic() - self.began
         share, rate = units / self.bar.total, f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
         if self.bar.disable and share and time.monotonic() > self.last_line + 60:
             left = tqdm.format_interval(seconds / share - seconds)
@@ -203,28 +196,40 @@ class Progress:
         self.bar.update(units - self.bar.n)
 
 
-def encode_source(name, jobs, pool, ahead, out_dir, width):
-    """Encode and seal the jobs of one source, one after another, each by all processes of the pool."""
-    progress, tokens = Progress(name, len(jobs)), 0
+def encode_source(name, jobs, pool, ahead, out_dir):
+    """Encode and seal the jobs (see list_jobs) of one source, one after another, each by all processes of the pool."""
+    progress = Progress(name, len(jobs))
     with progress.bar:
-        for number, job in enumerate(jobs):
-            splits = [job.unit["split"]] if job.unit["split"] else SPLITS
-            paths = {split: out_dir / split / f"{name}-{job.unit['number']:05d}.bin" for split in splits}
-            submit = partial(pool.submit, encode_batch, job.unit["split"])
-            report = partial(progress.report, number, tokens)
-            parts = with_retries(encode_unit, job, paths, submit, ahead, width, report)
-            write_json(job.record, parts)
-            tokens += sum(part["tokens"] for part in parts.values())
-    seconds = time.monotonic() - progress.began
+        for source, unit, record in jobs:
+            splits = [unit["split"]] if unit["split"] else SPLITS
+            paths = {split: out_dir / split / f"{name}-{unit['number']:05d}.bin" for split in splits}
+            submit = partial(pool.submit, encode_batch, unit["split"])
+            parts = with_retries(encode_unit, source, unit, paths, submit, ahead, progress.report)
+            write_json(record, parts)
+            progress.units += 1
+            progress.tokens += sum(part["tokens"] for part in parts.values())
+    tokens, seconds = progress.tokens, time.monotonic() - progress.began
     print(f"{name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
 
 
-def encode_all(jobs, workers, out_dir, worker_arguments, width):
-    """Encode and seal the jobs, source by source."""
+def encode_share(cfg, jobs, out_dir, eot, width):
+    """Encode and seal what is not sealed yet of this machine's share of the jobs, source by source."""
+    number, shares = map(int, cfg.shard.split("/"))
+    todo = [job for job in jobs[number::shares] if read_record(job[2], out_dir, width) is None]
+    if not todo:
+        return
+    for source, unit, record in todo:
+        if source.id and not (pin := record.with_name("commit")).is_file():
+            write_whole(pin, unit["commit"], writers_differ=True)
+    tokenizer_path = out_dir / "tokenizer.json"
+    _, kind = make_encoder(tokenizer_path)
+    workers = cfg.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    print(f"encoding with {kind} in {workers} processes", flush=True)
+    worker_arguments = (str(tokenizer_path), kind, eot, f"<u{width}", cfg.val_fraction)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, worker_arguments)
     try:
-        for name, group in groupby(jobs, key=lambda job: job.source.name):
-            encode_source(name, list(group), pool, 2 * workers, out_dir, width)
+        for name, group in groupby(todo, key=lambda job: job[0].name):
+            encode_source(name, list(group), pool, 2 * workers, out_dir)
     except BrokenProcessPool:
         raise DataError("an encoding process was killed: short of memory? a lower num_proc needs less") from None
     finally:
@@ -256,41 +261,34 @@ def find_tokenizer(name):
 def place_tokenizer(cfg, work, out_dir):
     """Put a tokenizer into out_dir, unless it is there: the one asked for, or one trained on a sample of the text.
 
-    Returns (number of ids, id that ends a document).
+    Returns (number of ids, id that ends a document: of <|endoftext|>, else the tokenizer's own eos_token).
     """
+    from tokenizers import Tokenizer
+
     path, origin_path = out_dir / "tokenizer.json", out_dir / "sealed" / "tokenizer.json"
     asked = cfg.tokenizer or f"a BPE of vocab_size={cfg.vocab_size}"
     exists = path.is_file() and origin_path.is_file()
     if exists and (origin := json.loads(origin_path.read_bytes())) != asked:
         raise DataError(f"{out_dir} was prepared with {origin}, not with {asked}: set another out_dir, or delete it")
-    if exists:
-        return vocabulary_and_end(*find_tokenizer(out_dir), cfg.tokenizer)
-    if cfg.tokenizer:
-        spec, config = find_tokenizer(cfg.tokenizer)
+    if exists or cfg.tokenizer:
+        spec, config = find_tokenizer(out_dir if exists else cfg.tokenizer)
     else:
         print(f"training a byte-level BPE of {cfg.vocab_size:,} tokens", flush=True)
         spec = train_tokenizer(training_sample(work, cfg.val_fraction), cfg.vocab_size)
         config = b'{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}\n'
-    vocab_size, eot = vocabulary_and_end(spec, config, cfg.tokenizer)
-    if config:
-        write_whole(out_dir / "tokenizer_config.json", config, writers_differ=True)
-    write_whole(path, spec, writers_differ=True)
-    write_json(origin_path, asked)
-    return vocab_size, eot
-
-
-def vocabulary_and_end(spec, config, name):
-    """(number of ids, id that ends a document: of <|endoftext|>, else the tokenizer's own eos_token); raises DataError."""
-    from tokenizers import Tokenizer
-
     try:
         vocab = Tokenizer.from_buffer(spec).get_vocab()
         eos = json.loads(config or b"{}").get("eos_token")
     except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
-        raise DataError(f"tokenizer {name!r}: no readable tokenizer.json: {e}") from None
+        raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
     eot = vocab.get(EOT, vocab.get(eos["content"] if isinstance(eos, dict) else eos))
     if eot is None:
-        raise DataError(f"tokenizer {name!r} has no {EOT} and no eos_token in its config to end a document")
+        raise DataError(f"tokenizer {cfg.tokenizer!r} has no {EOT} and no eos_token in its config to end a document")
+    if not exists:
+        if config:
+            write_whole(out_dir / "tokenizer_config.json", config, writers_differ=True)
+        write_whole(path, spec, writers_differ=True)
+        write_json(origin_path, asked)
     return max(vocab.values()) + 1, eot
 
 
@@ -321,7 +319,7 @@ def write_json(path, content):
 
 
 def list_jobs(work, val_fraction, out_dir):
-    """A Job for each (source, unit); its record is named by all that its token files depend on.
+    """(source, unit, path of the record that its token files get); its name is a hash of all that they depend on.
 
     Raises DataError where out_dir holds a record of one of these sources that was made otherwise.
     """
@@ -329,18 +327,12 @@ def list_jobs(work, val_fraction, out_dir):
     for source, unit in work:
         made_from = [VERSION, tokenizer_digest, unit, source.text, source.join, unit["split"] or val_fraction]
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-        record = out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"
-        jobs.append(Job(source, unit, record))
-    known = {job.record for job in jobs}
+        jobs.append((source, unit, out_dir / "sealed" / source.name / f"{unit['number']:05d}-{key}.json"))
+    known = {record for _, _, record in jobs}
     for name in dict.fromkeys(source.name for source, _ in work):
         if not known.issuperset((out_dir / "sealed" / name).glob("*.json")):
             raise DataError(f"{out_dir} holds {name} from other text or settings: set another out_dir, or delete it")
     return jobs
-
-
-def commit_path(source, out_dir):
-    """The file that says which commit of a data set was begun."""
-    return out_dir / "sealed" / source.name / "commit"
 
 
 def read_record(record, out_dir, width):
@@ -366,7 +358,7 @@ def merge_records(jobs, out_dir, width):
             origin = {"id": source.id, "subset": source.subset, "commit": unit["commit"]}
         entry = sources.setdefault(source.name, {"weight": source.weight, "share": source.share, "from": origin})
         for split in SPLITS:
-            total = entry.setdefault(split, {"tokens": 0, "documents": 0, "files": []})
+            total = entry.setdefault(split, empty_part())
             for key in total:
                 total[key] += parts[split][key]
     for name, entry in sources.items():
@@ -379,10 +371,6 @@ def merge_records(jobs, out_dir, width):
     return sources
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def main(argv):
     (settings,) = configure(__doc__, argv, PrepareConfig)
     cfg = PrepareConfig(**settings)
@@ -391,8 +379,9 @@ def main(argv):
     sources = read_sources(cfg)
     out_dir = Path(cfg.out_dir or f"data/{sources[0].name}")
     for source in sources:  # what was begun goes on with the same commit, whatever happened on the hub since
-        if source.id and not source.revision and commit_path(source, out_dir).is_file():
-            source.revision = commit_path(source, out_dir).read_text()
+        pin = out_dir / "sealed" / source.name / "commit"
+        if source.id and not source.revision and pin.is_file():
+            source.revision = pin.read_text()
 
     work = [(source, unit) for source in sources for unit in with_retries(plan, source)]
     vocab_size, eot = place_tokenizer(cfg, work, out_dir)
@@ -418,23 +407,6 @@ def main(argv):
     print(f"{out_dir}: {train:,} tokens to train on, {val:,} for validation, of {vocab_size:,} kinds")
     if not val and cfg.val_fraction:
         print("no document fell into validation: prepare more text, or set a higher val_fraction")
-
-
-def encode_share(cfg, jobs, out_dir, eot, width):
-    """Encode what is not sealed yet of this machine's share of the jobs."""
-    number, shares = map(int, cfg.shard.split("/"))
-    todo = [job for job in jobs[number::shares] if read_record(job.record, out_dir, width) is None]
-    if not todo:
-        return
-    for source, unit, _ in todo:
-        if source.id and not commit_path(source, out_dir).is_file():
-            write_whole(commit_path(source, out_dir), unit["commit"], writers_differ=True)
-    tokenizer_path = out_dir / "tokenizer.json"
-    kind = make_encoder(tokenizer_path)[1]
-    workers = cfg.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    print(f"encoding with {kind} in {workers} processes", flush=True)
-    worker_arguments = (str(tokenizer_path), kind, eot, f"<u{width}", cfg.val_fraction)
-    encode_all(todo, workers, out_dir, worker_arguments, width)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ they are, and `hf upload` tries again.
 """
 
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from string import Template
 import torch
 
 from errors import HubError, first_line
+from metrics import perplexity
 from model import ModelConfig, Transformer
 
 PART = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)  # of card.md: for dense or for routed models only
@@ -96,7 +96,7 @@ def card(config, state):
     """The model card: card.md, filled. Names that came from outside reach its YAML head as hub ids only."""
     about, run, losses = state["about"], state["config"]["train"], state["about"]["validation"]
     cfg = ModelConfig.from_dict(config)
-    kind = "dense" if config.get("architectures") == ["Qwen2ForCausalLM"] else "routed"
+    kind = "dense" if cfg.architecture == "dense" else "routed"
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     # parts of the other kind go before anything is filled in: a name from outside cannot end a part
     template = PART.sub(lambda part: part[2] if part[1] == kind else "", template)
@@ -125,7 +125,7 @@ def card(config, state):
     }
     for routing in ("", "_causal") if kind == "routed" else ("",):
         loss = losses[f"loss{routing}"]
-        values |= {f"loss{routing}": f"{loss:.4f}", f"perplexity{routing}": f"{math.exp(min(loss, 700)):.2f}"}
+        values |= {f"loss{routing}": f"{loss:.4f}", f"perplexity{routing}": f"{perplexity(loss):.2f}"}
     return Template(template).substitute(values)
 
 

@@ -7,11 +7,18 @@
 Generation and every view use causal routing: what is shown is what inference does. T tokens.
 """
 
+import base64
+import hashlib
+import html
+import json
+import math
 import os
+import re
 import string
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -20,11 +27,13 @@ from configurator import Amount, Count, NonNegative, Range, cli, configure, prob
 from errors import ConfigError
 from figures import routing_map, save_figure
 from files import write_whole
-from page import page
-from tracing import Trace, trace
-from trained import PICTURES, continuations, encode, open_model, read_text, token_texts, visible
+from trained import PICTURES, Trace, continuations, encode, open_model, read_text, token_texts, trace, visible
 
 VIEW_TOKENS = 20_000  # tokens that a browser still scrolls smoothly
+PAGE = Path(__file__).with_name("page.html")
+COLUMNS = ("margin", "causal_probability", "score", "G", "S_CE", "S_CU")  # of its table of details, where there
+# ANSI 256 backgrounds from light to dark in one hue: the order is seen without colour vision too.
+SHADES = (231, 195, 153, 117, 75, 33, 26, 19, 17)
 
 
 @dataclass
@@ -51,13 +60,6 @@ class SampleConfig:
             found.append(f"text={self.text} is only looked at: add --html=out.html or --show_routing")
         if found:
             raise ConfigError("; ".join(found))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the router did, in a terminal
-
-# ANSI 256 backgrounds from light to dark in one hue: the order is seen without colour vision too.
-SHADES = (231, 195, 153, 117, 75, 33, 26, 19, 17)
 
 
 def paint(texts: list[str], entered: list[int], blocks: int, colour: bool) -> str:
@@ -103,15 +105,51 @@ def decisions(traced: Trace) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def page(title: str, config, texts: list[str], ids: list[int], traced: Trace) -> str:
+    """One self-contained HTML page, shaded by compute. Nothing in it is fetched, and only its own script can run."""
+    template = PAGE.read_text(encoding="utf-8")
+    script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
+    layers = [layer_data(traced, layer) for layer in traced.masks]
+    data = {"texts": [visible(text) for text in texts], "ids": ids, "loss": numbers(traced.loss), "layers": layers}
+    parts = {
+        "TITLE": html.escape(title),
+        "FACTS": html.escape(facts(config, traced)),
+        "DIGEST": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # no tag can close the data
+    }
+    return re.sub(r"@(\w+)@", lambda match: parts[match[1]], template)
 
 
-def ids_of_text(model, tokenizer, text: str) -> torch.Tensor:
-    """The ids (T) of a text to look at, cut where a browser would not follow."""
-    ids = encode(model, tokenizer, text)
-    if len(ids) > VIEW_TOKENS:
-        print(f"looking at the first {VIEW_TOKENS:,} of {len(ids):,} tokens", file=sys.stderr)
-    return ids[:VIEW_TOKENS]
+def layer_data(traced: Trace, layer: int) -> dict:
+    """What the page knows of a routed layer: which tokens entered it, what decided, and the columns of numbers."""
+    values = traced.tokens[layer]
+    mask = "".join(map(str, traced.masks[layer].int().tolist()))
+    columns = {name: numbers(values[name]) for name in COLUMNS if name in values}
+    if "G" in columns:
+        columns.pop("score", None)  # it is G
+    return {"index": layer, "mask": mask, "rule": traced.rules[layer]} | columns
+
+
+def facts(config, traced: Trace) -> str:
+    """The sentence below the page's title."""
+    count, routed = len(traced.loss), len(traced.masks)
+    sentence = f"{config.architecture}, {config.num_hidden_layers} blocks, {routed} of them routed"
+    if routed:
+        capacities = [f"{capacity:g}" for capacity in config.capacities]
+        trained = capacities[0] if len(set(capacities)) == 1 else " ".join(capacities)
+        sentence += f" (trained at capacity {trained}, {sum(traced.entered) / (routed * count):.0%} taken here)"
+    sentence += f"; {count:,} tokens"
+    loss = traced.loss[~traced.loss.isnan()]
+    if len(loss):
+        sentence += f", mean loss {loss.mean():.3f} nats"
+    if not config.kind.scores_causally:
+        sentence += ". S_CE, S_CU and G are the training pass's: inference computes none"
+    return sentence
+
+
+def numbers(values: torch.Tensor) -> list[float | None]:
+    """(T) as JSON has it, which knows no NaN."""
+    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def generate(model, tokenizer, cfg: SampleConfig) -> tuple[list[torch.Tensor], str]:
@@ -134,16 +172,21 @@ def main(argv: list[str]):
     blocks, terminal = len(model.config.routed_layers), sys.stdout.isatty()
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     if cfg.text:
-        sequences, speed = [ids_of_text(model, tokenizer, text)], ""
+        ids, speed = encode(model, tokenizer, text), None
+        if len(ids) > VIEW_TOKENS:
+            print(f"looking at the first {VIEW_TOKENS:,} of {len(ids):,} tokens", file=sys.stderr)
+        sequences = [ids[:VIEW_TOKENS]]
     else:
         sequences, speed = generate(model, tokenizer, cfg)
     texts = [token_texts(tokenizer, ids.tolist()) for ids in sequences]
-    traces = [trace(model, ids) for ids in sequences] if cfg.show_routing or cfg.html else []
+    show = cfg.show_routing and blocks > 0
+    seen = sequences if show else sequences[:1] if cfg.html else []  # a page shows the first
+    traces = [trace(model, ids) for ids in seen]
 
     for n in range(len(sequences)):
         if n:
             print("-" * 80)
-        if cfg.show_routing and blocks:
+        if show:
             print(paint(texts[n], traces[n].entered, blocks, terminal))
             print(decisions(traces[n]))
         elif not cfg.text:
@@ -151,7 +194,7 @@ def main(argv: list[str]):
     if speed:
         print(f"\n{speed}")
 
-    if cfg.show_routing and blocks:
+    if show:
         title = "Tokens that entered each routed block (filled)"
         save_figure(routing_map(title, texts[0], {model.config.architecture: traces[0].masks}), cfg.png)
         print(f"token × layer map: {cfg.png}")

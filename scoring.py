@@ -1,10 +1,15 @@
-"""Log-probabilities of text under a model, and its perplexity. Called by all ranks of torchrun, which share the work."""
+"""Log-probabilities of text under a model; its perplexity; its loss at every capacity that its routers are brought to.
+
+`cfg` is bench.py's settings. All ranks of torchrun call `score` and share its work.
+"""
 
 import itertools
 import math
 import os
+import statistics
 import sys
 from collections import ChainMap
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,14 +19,16 @@ from tqdm import tqdm
 import metrics
 from data import read_manifest
 from errors import ConfigError, DataError
+from figures import COLOURS, STYLE, print_table, save_figure
+from measure import Decoder, calibrate, interleaved
 from model import Transformer
 from parallel import of_all, rank, world
 from routers import valid_mask
-from tables import print_table
 from tokenizer import vocabulary
 from trained import encode, end_of_text, read_text
 
 LOGITS = 1 << 25  # numbers of logits that are in memory at a time
+CALIBRATING = 32  # windows that routers are calibrated on, at most
 
 
 def share_of_rank(order: list) -> list:
@@ -54,15 +61,11 @@ def score(model: Transformer, requests: list, routing: str, batch_size: int, wha
         batch = local[start : start + batch_size]
         ids, lengths = padded([requests[n][0] for n in batch], model.head_weight.device)
         hidden, _ = model.model(ids, routing, lengths if min(lengths) < max(lengths) else None)  # (B, T, d)
-        losses, greedy, counts = [], [], [len(requests[n][1]) for n in batch]
-        for n, row, length in zip(batch, hidden, lengths, strict=True):
-            targets = torch.as_tensor(requests[n][1], device=row.device).long()
-            loss, likeliest = losses_of(row[length - len(targets) : length], model.head_weight, targets)
-            losses.append(loss)
-            greedy.append(likeliest)
-        losses = torch.cat(losses).cpu().split(counts)  # read back once a batch
-        greedy = torch.cat(greedy).cpu().split(counts)
-        for n, loss, likeliest in zip(batch, losses, greedy, strict=True):
+        counts = [len(requests[n][1]) for n in batch]
+        asked = [row[length - n : length] for row, length, n in zip(hidden, lengths, counts, strict=True)]
+        targets = torch.cat([torch.as_tensor(requests[n][1]) for n in batch]).long().to(ids.device)
+        losses, greedy = losses_of(torch.cat(asked), model.head_weight, targets)  # read back once a batch
+        for n, loss, likeliest in zip(batch, losses.cpu().split(counts), greedy.cpu().split(counts), strict=True):
             scores[n] = -loss.double().sum().item(), likeliest.all().item()
         bar.update(len(batch))
     bar.close()
@@ -89,7 +92,7 @@ def read_texts(path: str, model: Transformer, tokenizer) -> dict[str, tuple[torc
     """{name: (ids (N), bytes of text)}: a text file, or the validation split of each source of a token folder."""
     if not os.path.isdir(path) and os.path.exists(path):
         text = read_text(path)
-        return {path: (encode(model, tokenizer, text).cpu(), len(text.encode()))}
+        return {path: (encode(model, tokenizer, text), len(text.encode()))}
     manifest = read_manifest(path)
     if manifest["vocab_size"] > model.config.vocab_size:
         raise DataError(
@@ -120,22 +123,20 @@ def windows_of(ids: torch.Tensor, start: int, length: int, stride: int) -> list[
     `start` is what the very first token is predicted from. A token of ids (N) is a target exactly once.
     """
     inputs = torch.cat((torch.tensor([start]), ids))  # inputs[t] comes before ids[t]
-    ends = [min(length, len(ids)), *range(length + stride, len(ids), stride)]
-    if ends[-1] < len(ids):
-        ends.append(len(ids))
-    pairs = itertools.pairwise([0, *ends])
-    return [(inputs[max(0, end - length) : end], ids[begin:end]) for begin, end in pairs]
+    ends = [*range(length, len(ids), stride), len(ids)]
+    return [(inputs[max(0, end - length) : end], ids[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
 
 
 def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     """Loss of every token given the seq_len − stride tokens before it or more, under both routings. Prints a table.
 
-    cfg: bench.py's settings. The very first token is predicted from the end-of-text token.
+    The very first token is predicted from the end-of-text token.
     """
     longest, stride = model.config.max_position_embeddings, cfg.stride or max(1, cfg.seq_len // 2)
     if cfg.seq_len > longest:
         raise ConfigError(f"seq_len={cfg.seq_len} is longer than max_position_embeddings={longest}")
     rows, start = [], end_of_text(tokenizer)
+    table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
     for name, (ids, n_bytes) in read_texts(cfg.text, model, tokenizer).items():
         windows = windows_of(ids, start, cfg.seq_len, stride)[: cfg.limit or None]
         count = sum(len(targets) for _, targets in windows)
@@ -144,20 +145,122 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
             nats = -sum(logprob for logprob, _ in scores)
             row = {"text": name, "routing": routing, "tokens": count, "loss": nats / count}
             row |= {"perplexity": metrics.perplexity(nats / count), "window": cfg.seq_len, "stride": stride}
-            if count == len(ids) and n_bytes:  # of the part that --limit leaves nobody knows the bytes
+            size = bits = "n/a"  # of the part that --limit leaves nobody knows the bytes
+            if count == len(ids) and n_bytes:
                 row |= {"bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes}
+                size, bits = f"{n_bytes:,}", f"{row['bits_per_byte']:.4f}"
             rows.append(row)
-    print_perplexity(rows)
+            cells = [name[-28:], routing, f"{count:,}", size, f"{row['loss']:.4f}", f"{row['perplexity']:.4f}", bits]
+            table.append(cells)
+    print()
+    print_table(table)
     return rows
 
 
-def print_perplexity(rows: list[dict]):
-    table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss against compute
+
+
+@torch.inference_mode()
+def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
+    """Loss, FLOPs per token and decoding speed at every causal capacity, as trained and calibrated: a table, a picture.
+
+    Every second window of the text calibrates the routers, the others are scored.
+    """
+    ids = sweep_text(cfg, model, tokenizer)
+    windows = ids[: len(ids) // (cfg.seq_len + 1) * (cfg.seq_len + 1)].view(-1, cfg.seq_len + 1)
+    windows = windows[: 2 * cfg.limit or None]  # (n, T + 1)
+    calibrating, held_out = windows[::2][:CALIBRATING, :-1], windows[1::2]
+    decoded = ids[None, : cfg.seq_len + cfg.decoded_tokens]
+    rows, runs, decisions = [], {}, []
+    for capacity in [None, *sorted(cfg.capacities)]:  # None: as trained
+        if capacity is not None:
+            calibrate(model, calibrating, capacity)
+        loss, selected = causal_loss(model, held_out, cfg.batch_size)
+        row = {"capacity": capacity, "selected": statistics.mean(selected.values()), "loss": loss}
+        row["flops_per_token"] = model.flops_per_token(cfg.seq_len, capacity=list(selected.values()))
+        rows.append(row)
+        decisions.append([layer.decision_state() for layer in model.routed])
+        decoder = Decoder(model, decoded, cfg.seq_len, cfg.decode_steps)
+        runs[capacity] = partial(decode_as, model, decisions[-1], decoder)
+    times = interleaved(runs, ids.device, cfg.warmup, cfg.repeats)
+    decide_as(model, decisions[0])
+    table = [["capacity", "selected", "loss", "MFLOPs per token", "decode tokens/s"]]
     for row in rows:
-        cells = [row["text"][-28:], row["routing"], f"{row['tokens']:,}"]
-        cells.append(f"{row['bytes']:,}" if "bytes" in row else "n/a")
-        cells += [f"{row['loss']:.4f}", f"{row['perplexity']:.4f}"]
-        cells.append(f"{row['bits_per_byte']:.4f}" if "bytes" in row else "n/a")
-        table.append(cells)
+        row["decode_tokens_per_s"] = cfg.decode_steps / statistics.median(times[row["capacity"]])
+        name = "as trained" if row["capacity"] is None else f"{row['capacity']:g}"
+        cells = [name, f"{row['selected']:.3f}", f"{row['loss']:.4f}"]
+        table.append([*cells, f"{row['flops_per_token'] / 1e6:,.4g}", f"{row['decode_tokens_per_s']:,.0f}"])
     print()
     print_table(table)
+    draw_sweep(rows, cfg.model_path)
+    return rows
+
+
+def sweep_text(cfg, model: Transformer, tokenizer) -> torch.Tensor:
+    """The ids (N) that are scored and decoded. Raises ConfigError where the model or the text cannot be swept."""
+    if not model.routed:
+        raise ConfigError(f"model_path={cfg.model_path} is dense: it has no capacity to sweep")
+    T, decoded = cfg.seq_len, cfg.decoded_tokens
+    if T + decoded > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"seq_len={T} + {decoded} decoded tokens pass max_position_embeddings: lower seq_len or repeats"
+        )
+    ids = torch.cat([ids for ids, _ in read_texts(cfg.text, model, tokenizer).values()]).to(model.head_weight.device)
+    if len(ids) < max(2 * (T + 1), T + decoded):
+        raise ConfigError(f"text={cfg.text} has {len(ids):,} tokens, too few for two windows of seq_len={T}: lower it")
+    return ids
+
+
+def decide_as(model: Transformer, decisions: list[dict[str, torch.Tensor]]):
+    """Undoes `calibrate`: each routed layer decides as it did when its `decision_state` was taken."""
+    for layer, state in zip(model.routed, decisions, strict=True):
+        layer.load_state_dict(state, strict=False)
+
+
+def decode_as(model: Transformer, decisions: list[dict[str, torch.Tensor]], decoder: Decoder):
+    decide_as(model, decisions)
+    decoder()
+
+
+def causal_loss(model: Transformer, windows: torch.Tensor, batch_size: int) -> tuple[float, dict[int, float]]:
+    """Mean loss of windows (n, T + 1) under causal routing, and the share of the tokens that each routed layer ran."""
+    loss, ran = 0.0, dict.fromkeys(model.config.routed_layers, 0.0)
+    for batch in windows.split(batch_size):
+        out = model(batch[:, :-1], batch[:, 1:], routing="causal")
+        loss += out.losses["lm"].item() * len(batch) / len(windows)
+        for layer in ran:
+            share = out.stats[f"layer_{layer}/causal_capacity"].item()
+            ran[layer] += share * len(batch)  # divided at the end: 1 stays 1
+    return loss, {layer: total / len(windows) for layer, total in ran.items()}
+
+
+def draw_sweep(rows: list[dict], model_path: str):
+    """Loss against FLOPs per token, and decoding speed against the share of tokens that runs.
+
+    As capacity.png and .pdf in the model's folder, or in out/ for a model of the hub.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    trained, *swept = rows
+    note = {"textcoords": "offset points", "fontsize": 7.5}
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(8.4, 3.4), layout="constrained")
+        left, right = fig.subplots(1, 2)
+        for ax, x, y, unit in ((left, "flops_per_token", "loss", 1e6), (right, "selected", "decode_tokens_per_s", 1)):
+            ax.plot([row[x] / unit for row in swept], [row[y] for row in swept], "o-", color=COLOURS[1], markersize=4)
+            point = trained[x] / unit, trained[y]
+            ax.plot(*point, "D", color=COLOURS[2], markersize=6, clip_on=False)
+            ax.annotate("as trained", point, (-7, -10), **note, color=COLOURS[2], ha="right")
+            ax.margins(0.06, 0.14)
+        for row in swept:
+            point = row["flops_per_token"] / 1e6, row["loss"]
+            left.annotate(f"{row['capacity']:g}", point, (0, 6), **note, color="#555555", ha="center")
+        name = os.path.basename(model_path.rstrip("/"))
+        left.set(xlabel="MFLOPs per token", ylabel="loss, nats per token", title=f"{name} at calibrated capacities")
+        right.set(xlabel="share of tokens that routed blocks take", ylabel="tokens per second, batch 1")
+        right.set(title="Decoding", ylim=(0, None))
+    folder = model_path if os.path.isdir(model_path) else "out"
+    save_figure(fig, f"{folder}/capacity.png", f"{folder}/capacity.pdf")
+    print(f"picture: {folder}/capacity.png, .pdf")

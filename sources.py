@@ -51,9 +51,15 @@ class Source:
             found.append(f"share={self.share} is for data sets of the hub: local files are read whole")
         if bool(self.id) == bool(self.input):
             found.append("set either id, a data set of the hub, or input, local files")
+        try:
+            columns(self.text)
+            re.compile(self.join or "")
+        except re.error as e:
+            found.append(f"join={self.join!r} is no regular expression: {e}")
+        except ConfigError as e:  # a malformed template
+            found.append(str(e))
         if found:
             raise ConfigError("; ".join(found))
-        columns(self.text)  # a malformed template is found now
         subset = f"-{self.subset}" if self.subset else ""
         name = self.name or (self.id.split("/")[-1] + subset if self.id else Path(self.input[0]).stem)
         self.name = re.sub(r"[^\w.-]", "_", name)
@@ -70,35 +76,36 @@ def read_sources(cfg):
         return [Source(input=cfg.input or list(map(str, standard_library())), name=name, text=cfg.text_key)]
     if cfg.input:
         raise ConfigError("input and sources are both set: choose one")
-    sources, found = [], []
+    sources, found = {}, []
     for number, given in enumerate(cfg.sources):
         try:
             source = read_source(given)
+            if source.name in sources:
+                raise ConfigError(f"a second source named {source.name!r}")
+            sources[source.name] = source
         except ConfigError as e:
             found.append(f"sources[{number}]: {e}")
-            continue
-        if source.name in [other.name for other in sources]:
-            found.append(f"sources[{number}]: a second source named {source.name!r}")
-        sources.append(source)
     if found:
         raise ConfigError("; ".join(found))
-    return sources
+    return list(sources.values())
 
 
 def read_source(given):
     """The Source of a dict from a config file; raises ConfigError. A data set that has moved is read where it is now."""
     types_of, values, found = get_type_hints(Source), {}, []
     for key, value in given.items():
-        if key not in types_of:
-            found.append(f"unknown key {key!r}; did you mean {difflib.get_close_matches(key, types_of, 1, 0)[0]}?")
-            continue
         try:
             values[key] = convert(value, types_of[key])
+        except KeyError:
+            found.append(f"unknown key {key!r}; did you mean {difflib.get_close_matches(key, types_of, 1, 0)[0]}?")
         except ValueError as e:
             found.append(f"{key}: {e}")
+    try:
+        source = Source(**values)
+    except ConfigError as e:
+        found.append(str(e))
     if found:
         raise ConfigError("; ".join(found))
-    source = Source(**values)
     if source.id in ALIASES:
         old_id = source.id
         source.id, source.text, why = ALIASES[old_id]
@@ -108,11 +115,6 @@ def read_source(given):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units of work
-
-
-def plan(source):
-    """The units of work of a source: dicts for JSON, with their split (None: by the hash) and their number in it."""
-    return hub_units(source) if source.id else local_units(source)
 
 
 def standard_library():
@@ -127,10 +129,8 @@ def local_files(paths):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-                if file.suffix in TEXT + ROWS and file.is_file() and not hidden:
-                    files.append(file)
+            below = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT + ROWS and file.is_file()]
+            files += [file for file in below if "/." not in f"/{file.relative_to(path)}"]  # no hidden ones
         elif not path.is_file():
             raise DataError(f"input {str(path)!r} is no file or folder")
         elif path.suffix not in TEXT + ROWS:
@@ -142,8 +142,13 @@ def local_files(paths):
     return files
 
 
-def local_units(source):
-    """Units of about UNIT bytes, a file in one of them; a file that changes makes another unit."""
+def plan(source):
+    """The units of work of a source: dicts for JSON, with their split (None: by the hash) and their number in it.
+
+    Of local files, units of about UNIT bytes, a file in one of them; a file that changes makes another unit.
+    """
+    if source.id:
+        return hub_units(source)
     units, room = [], 0
     for path in local_files(source.input):
         stat = path.stat()
@@ -183,11 +188,9 @@ def split_units(source, name, split, share, commit):
         raise DataError(f"its {name} split does not tell its number of rows, so no share={share} of it")
     files, taken, units = data.num_shards, round((rows or 0) * share), []
     for number in range(files):
+        rows = taken * (number + 1) // files - taken * number // files  # dealt out evenly, as those of the split are
         unit = {"split": split, "number": number, "id": source.id, "subset": source.subset, "name": name}
-        unit |= {"commit": commit, "of": files}
-        # the rows of a share are dealt out evenly, and so are those of the split
-        unit |= {"rows": taken * (number + 1) // files - taken * number // files, "all": share == 1}
-        units.append(unit)
+        units.append(unit | {"commit": commit, "of": files, "rows": rows, "all": share == 1})
     return units
 
 
@@ -261,14 +264,8 @@ def read_files(source, unit):
     """The documents of a unit of local files, as (text, done)."""
     unit_bytes, earlier_bytes = sum(size for _, size, _ in unit["files"]) or 1, 0
     for path, size, _ in unit["files"]:
-        suffix = Path(path).suffix
-        if suffix == ".jsonl":
-            documents = read_jsonl(path, source.text)
-        elif suffix == ".parquet":
-            documents = read_parquet(path, source.text)
-        else:
-            documents = read_plain(path)
-        for text, position in documents:
+        read_rows = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(path).suffix)
+        for text, position in read_rows(path, source.text) if read_rows else read_plain(path):
             yield text, (earlier_bytes + position) / unit_bytes
         earlier_bytes += size
 

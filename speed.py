@@ -1,4 +1,5 @@
-"""How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise.
+"""How fast models train and infer: ours and transformers' Qwen2, side by side, against what FLOPs and bytes promise;
+and these FLOPs by component, as torch counts them.
 
 `cfg` is bench.py's settings everywhere. Of the models, the dense one is what ratios refer to.
 """
@@ -14,15 +15,16 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from architectures import ARCHITECTURES
 from blocks import RoutedBlock
+from device import peak_flops
 from errors import ConfigError
-from inference import Decoder, calibrate
-from measure import cached, interleaved
+from figures import print_table
+from measure import Decoder, cached, calibrate, interleaved
 from model import ModelConfig, Transformer
 from parallel import say
-from tables import print_table
 
 Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8"]
 MEASURES = get_args(Measure)
@@ -62,19 +64,13 @@ def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, de
     return models
 
 
-def speed(cfg, models: dict[str, Transformer], device, autocast, dtype, peak: float | None) -> dict:
-    """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables.
-
-    peak: FLOP/s of the device, if they are known.
-    """
-    suite = Suite(cfg, models, device, peak)
+def speed(cfg, models: dict[str, Transformer], device, autocast, dtype) -> dict:
+    """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables."""
+    suite = Suite(cfg, models, device, peak_flops(device, dtype == torch.bfloat16))
     if "train" in cfg.measure or cfg.profile:
         training(suite, autocast)
     with torch.inference_mode():
-        prepare_inference(suite, dtype)
-        for name, measure in INFERENCE.items():
-            if name in cfg.measure:
-                measure(suite)
+        inference(suite, dtype)
     print_memory(suite.memory, cfg.compile)
     return {"rows": suite.rows, "memory": suite.memory}
 
@@ -127,8 +123,7 @@ class Suite:
 
     def __init__(self, cfg, models: dict[str, Transformer], device, peak: float | None):
         self.cfg, self.models, self.device, self.peak = cfg, models, device, peak
-        self.dense = models[DENSE]
-        self.variants = {PEER: Peer(self.dense).to(device), **models}
+        self.variants = {PEER: Peer(models[DENSE]).to(device), **models}
         self.compiled = {name: compiled(model) for name, model in self.variants.items()} if cfg.compile else {}
         self.rows, self.memory = [], {}
         for name, model in self.variants.items():
@@ -136,14 +131,12 @@ class Suite:
         torch.manual_seed(1)
         self.decoded = self.random_ids(8, cfg.longest_sequence)
         self.x, self.y = (self.random_ids(cfg.batch_size, cfg.seq_len) for _ in range(2))
-        self.selected = {}  # {architecture: {routed layer: share of the tokens that causal routing selects}}
 
     def random_ids(self, *shape: int) -> torch.Tensor:
-        return torch.randint(self.dense.config.vocab_size, shape, device=self.device)
+        return torch.randint(self.models[DENSE].config.vocab_size, shape, device=self.device)
 
-    def time(self, run, compiled: dict | None = None) -> dict:
+    def time(self, run, compiled: dict) -> dict:
         """Seconds of run(model, name), {(name, compiled): one a round}, of every variant and the models in `compiled`."""
-        compiled = compiled or {}
         for name, model in compiled.items():
             start = time.perf_counter()
             run(model, name)
@@ -160,7 +153,7 @@ class Suite:
         """
         rows = []
         for (name, is_compiled), seconds in times.items():
-            low, median, high = quartiles(seconds)
+            low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
             row = {"measure": measure, "variant": name, "compiled": is_compiled, "seconds": median / steps}
             row |= {"quartiles": [low / steps, high / steps], "tokens_per_s": tokens / median}
             row["ratio"] = median_ratio(seconds, times[DENSE, is_compiled])
@@ -175,10 +168,6 @@ class Suite:
             rows.append(row)
         print_speed(rows)
         self.rows += rows
-
-
-def quartiles(seconds: list[float]) -> list[float]:
-    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
@@ -248,75 +237,57 @@ def step_memory(step, model, optimizer, device) -> dict[str, int]:
     return memory
 
 
-def prepare_inference(suite: Suite, dtype):
-    """Brings every model to `dtype` and its routers to their capacity, and notes what that leaves in the KV cache."""
-    T = suite.cfg.seq_len
+def inference(suite: Suite, dtype):
+    cfg, x = suite.cfg, suite.x
+    B, T = x.shape
+    causal_flops = prepare_inference(suite, dtype)
+    config = suite.models[DENSE].config
+    if "forward" in cfg.measure:  # what a training step does forward: for some architectures more than inference does
+        flops = {}
+        for name, model in suite.models.items():
+            # A third of the step; of a causal router, whose input takes no gradient, the step has two parts of three.
+            routers = 4 * config.hidden_size * len(model.routed)
+            flops[name] = (model.flops_per_token(T, training=True) + routers) / 3 * B * T
+        suite.report("forward", suite.time(lambda model, _: model(x), suite.compiled), B * T, flops)
+    if "causal" in cfg.measure:
+        suite.report("causal", suite.time(lambda model, _: model(x, routing="causal"), {}), B * T, causal_flops)
+    if "prefill" in cfg.measure:
+        head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
+        flops = {name: flops - head for name, flops in causal_flops.items()}
+        times = suite.time(lambda model, _: model(x, routing="causal", cache=model.new_cache(B, T)), {})
+        suite.report("prefill", times, B * T, flops)
+    for batch in (1, 8):
+        if f"decode{batch}" in cfg.measure:
+            decode(suite, batch)
+
+
+def prepare_inference(suite: Suite, dtype) -> dict[str, float]:
+    """Brings every model to `dtype` and its routers to their capacity, and notes what that leaves in the KV cache.
+
+    Returns {architecture: FLOPs of a causal forward pass of x}.
+    """
+    T, flops = suite.cfg.seq_len, {}
     for model in suite.variants.values():
         model.to_dtype(dtype).eval()
     text = suite.random_ids(max(1, 8192 // T), T)
     for name, model in suite.models.items():
         calibrate(model, text, np.mean(model.config.capacity))
-        selected, kv_bytes = cached(model, suite.x)
-        suite.selected[name] = selected
-        suite.memory[name]["kv_bytes_per_token"] = kv_bytes
+        selected, suite.memory[name]["kv_bytes_per_token"] = cached(model, suite.x)
         suite.memory[name]["causal_capacity"] = statistics.mean(selected.values()) if selected else 1.0
-
-
-def causal_flops(suite: Suite) -> dict[str, float]:
-    """{architecture: FLOPs of a causal forward pass}."""
-    tokens, T = suite.x.numel(), suite.cfg.seq_len
-    return {
-        name: model.flops_per_token(T, capacity=list(suite.selected[name].values())) * tokens
-        for name, model in suite.models.items()
-    }
-
-
-def forward(suite: Suite):
-    """What a training step does forward: for some architectures more than inference does."""
-    tokens, flops = suite.x.numel(), {}
-    for name, model in suite.models.items():
-        # A third of the step; of a causal router, whose input takes no gradient, the step has two parts of three.
-        routers = 4 * model.config.hidden_size * len(model.routed)
-        flops[name] = (model.flops_per_token(suite.cfg.seq_len, training=True) + routers) / 3 * tokens
-    suite.report("forward", suite.time(lambda model, _: model(suite.x), suite.compiled), tokens, flops)
-
-
-def causal(suite: Suite):
-    times = suite.time(lambda model, _: model(suite.x, routing="causal"))
-    suite.report("causal", times, suite.x.numel(), causal_flops(suite))
-
-
-def prefill(suite: Suite):
-    B, T = suite.x.shape
-    times = suite.time(lambda model, _: model(suite.x, routing="causal", cache=model.new_cache(B, T)))
-    config = suite.dense.config
-    head = 2 * config.hidden_size * config.vocab_size * B * (T - 1)  # only the last token's logits are computed
-    flops = {name: flops - head for name, flops in causal_flops(suite).items()}
-    suite.report("prefill", times, B * T, flops)
+        flops[name] = model.flops_per_token(T, capacity=list(selected.values())) * suite.x.numel()
+    return flops
 
 
 def decode(suite: Suite, batch: int):
-    cfg = suite.cfg
-    by_steps = {
-        name: model for name, model in suite.compiled.items() if name in suite.models
-    }  # transformers': eager only
-    decoders = {}
-    for model in (*suite.variants.values(), *by_steps.values()):
+    cfg, decoders, nbytes = suite.cfg, {}, {}
+    compiled = {name: suite.compiled[name] for name in suite.models if cfg.compile}  # transformers': eager only
+    for model in (*suite.variants.values(), *compiled.values()):
         decoders[model] = Decoder(model, suite.decoded[:batch], cfg.seq_len, cfg.decode_steps)
-    times = suite.time(lambda model, _: decoders[model](), by_steps)
-    nbytes, context = {}, cfg.seq_len + cfg.decoded_tokens / 2
+    times = suite.time(lambda model, _: decoders[model](), compiled)
     for name, model in suite.models.items():
-        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates(model.config.routed_layers))
+        context = cfg.seq_len + cfg.decoded_tokens / 2
+        nbytes[name] = model.decode_bytes(batch, context, *decoders[model].rates())
     suite.report(f"decode{batch}", times, batch * cfg.decode_steps, nbytes, steps=cfg.decode_steps)
-
-
-INFERENCE = {
-    "forward": forward,
-    "causal": causal,
-    "prefill": prefill,
-    "decode1": partial(decode, batch=1),
-    "decode8": partial(decode, batch=8),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,8 +311,7 @@ def print_speed(rows: list[dict]):
 
 def print_memory(memory: dict[str, dict], compile: bool):
     columns = ["parameters", "activation_bytes", "peak_bytes", "kv_bytes_per_token", "causal_capacity"]
-    if compile:
-        columns.append("compile_seconds")
+    columns += ["compile_seconds"] if compile else []
     table = [["", *columns]]
     for name, values in memory.items():
         table.append([name, *(f"{values[column]:,.9g}" if column in values else "n/a" for column in columns)])
@@ -380,12 +350,76 @@ def regressions(speed: dict, facts: dict, baseline: dict) -> list[str]:
         say("note: the baseline was measured on another machine, or with other versions: ratios may differ for that")
     earlier, slower = by_key(baseline["speed"]["rows"]), []
     for key, ratios in by_key(speed["rows"]).items():
-        measure, name, is_compiled = key
-        if name == PEER or key not in earlier:
+        if key[1] == PEER or key not in earlier:
             continue
         for ratio, now in ratios.items():
             then = earlier[key][ratio]
             if (now / then if ratio == "ratio" else then / now) > SLOWER:
-                words = f"{measure} {name} compiled" if is_compiled else f"{measure} {name}"
+                words = " ".join([*key[:2], "compiled"] if key[2] else key[:2])
                 slower.append(f"{words}: {ratio} {then:.3f} → {now:.3f}")
     return slower
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs by component
+
+
+def count_flops(config: ModelConfig, seq_len: int) -> tuple[dict[str, float], float]:
+    """FLOPs per token of one sequence's forward pass by component, and of the training step, as torch counts them.
+
+    Every operation of the real forward and backward pass, on tensors without memory: any size, on any machine. The loss
+    is taken from the logits, for the chunked loss is one operation that FlopCounterMode does not know.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = Transformer(config)
+        ids = torch.zeros(1, seq_len, dtype=torch.int64)
+        out = model(ids)
+        by_module = counter.get_flop_counts()
+        (F.cross_entropy(out.logits[0], ids[0]) + sum(out.losses.values())).backward()
+    components = by_component(model, by_module)
+    return {name: flops / seq_len for name, flops in components.items()}, counter.get_total_flops() / seq_len
+
+
+def by_component(model: Transformer, by_module: dict[str, dict]) -> dict[str, float]:
+    """Adds up what FlopCounterMode found in each module, {module: {operation: FLOPs}}."""
+    total = {name: sum(operations.values()) for name, operations in by_module.items()}
+    names = ("attention, projections", "attention, products", "MLP", "priors", "routers", "head")
+    components = dict.fromkeys(names, 0)
+    components["head"] = total["Transformer"] - total["Transformer.model"]
+    for i, layer in enumerate(model.model.layers):
+        path = f"Transformer.model.layers.{i}"
+        operations = by_module.get(f"{path}.self_attn", {})
+        products = sum(flops for operation, flops in operations.items() if "bmm" in str(operation))
+        attention, mlp = sum(operations.values()), total.get(f"{path}.mlp", 0)
+        priors = sum(total.get(f"{path}.{part}", 0) for part, group in layer.parts.items() if group == "prior")
+        components["attention, projections"] += attention - products
+        components["attention, products"] += products
+        components["MLP"] += mlp
+        components["priors"] += priors
+        components["routers"] += total[path] - attention - mlp - priors  # what is left of the layer
+    return components
+
+
+def flops_table(configs: dict[str, ModelConfig], seq_len: int) -> dict:
+    """Prints and returns {architecture: {component: FLOPs per token}}, with the sums of flops_per_token beside it."""
+    table = {}
+    for name, config in configs.items():
+        components, counted = count_flops(config, seq_len)
+        with torch.device("meta"):
+            model = Transformer(config)
+        table[name] = components | {
+            "training, forward": sum(components.values()),
+            "training step, counted": counted,
+            "training step, flops_per_token": model.flops_per_token(seq_len, training=True),
+            "inference, flops_per_token": model.flops_per_token(seq_len),
+        }
+    rows = [[f"MFLOPs per token, T={seq_len}", *table]]
+    for component in next(iter(table.values())):
+        rows.append([component, *(f"{column[component] / 1e6:,.4g}" for column in table.values())])
+    print()
+    print_table(rows)
+    return table

@@ -20,9 +20,9 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -144,12 +144,11 @@ FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
 
 def train(argv) -> tuple[TrainConfig, bool]:
     """The run, from its configuration to final_model/. Returns its configuration, and whether it is complete."""
-    stop = Stop()
-    run = set_up(argv)
+    started = time.perf_counter()
+    run = Run(argv)
     cfg, model, optimizer, progress, metrics = run.cfg, run.model, run.optimizer, run.progress, run.metrics
-    stop.catch_signals(cfg.max_seconds)
+    stop = Stop(started + cfg.max_seconds if cfg.max_seconds else math.inf)
     if not run.resumed:
-        run.set_capacity()
         metrics.record(run.validate())
     first, micro_batches = progress.step * cfg.grad_accum_steps + rank(), cfg.max_steps * cfg.grad_accum_steps
     numbers = range(first, micro_batches, world())  # of this rank's micro-batches
@@ -171,7 +170,7 @@ def train(argv) -> tuple[TrainConfig, bool]:
                 out = run.wrapped(x, y, teacher=run.teach(x))
             (out.loss / run.micro_steps).backward()
             values = values + metrics.measure(out) / run.micro_steps
-        if cfg.parallel == "fsdp":
+        if run.sharded:
             parallel.average_whole(model)
         grad_norm = parallel.clip_grad_norm(model.parameters(), cfg.grad_clip or math.inf, run.device)
 
@@ -270,22 +269,20 @@ def evaluate(model, data, cfg, device, autocast):
 
 
 class Stop:
-    """Why a run ends before its last step: a signal, --max_seconds, or bad steps; the same on all ranks."""
+    """Why a run ends before its last step: a signal, --max_seconds, or bad steps; the same on all ranks.
+
+    From now on a first signal ends the step, a second Ctrl-C stops at once.
+    """
 
     OUT_OF_TIME = signal.SIGALRM  # what --max_seconds is among the signals
 
-    def __init__(self):
-        self.started = time.perf_counter()
+    def __init__(self, deadline: float):
+        self.deadline = deadline  # by time.perf_counter()
         self.signal, self.signal_time = 0, 0.0  # the first one of this process
         self.reason = 0  # what the ranks have agreed on
         self.hopeless = False  # too many steps in a row without a finite loss and gradient
-        self.handlers = {}
-
-    def catch_signals(self, max_seconds):
-        """From now on a first signal ends the step, a second Ctrl-C stops at once."""
-        self.max_seconds = max_seconds
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.handlers[number] = signal.signal(number, self.on_signal)
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
 
     def on_signal(self, number, frame):
         """One key press comes twice under torchrun, from the terminal and from torchrun itself: within a second it is one."""
@@ -297,71 +294,140 @@ class Stop:
                 os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")  # print() is not reentrant
 
     def agree(self):
-        late = 0 < self.max_seconds <= time.perf_counter() - self.started
+        late = time.perf_counter() >= self.deadline
         number = torch.tensor(self.signal or late * self.OUT_OF_TIME)
         self.reason = int(all_reduce(number, dist.ReduceOp.MAX))  # on the CPU: no waiting for the device
 
-    def release_signals(self):
-        """An evaluation or an upload may be stopped as any program."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-@dataclass
 class Run:
     """Everything that a run holds between two steps."""
 
-    cfg: TrainConfig
-    model_config: dict  # as asked for; annealing changes model.config
-    device: torch.device
-    autocast: object
-    bf16: bool
-    data: TokenData
-    val: TokenData
-    model: Transformer
-    wrapped: torch.nn.Module  # the model, behind DDP where there are several ranks
-    teacher: Transformer | None
-    optimizer: torch.optim.Optimizer
-    about: dict  # what the card will say
-    resumed: Path | None = None
-    progress: Progress = field(default_factory=Progress)
-    run_id: str = ""  # of W&B
-    metrics: Metrics | None = None
-    saving: tuple[int, Future] | None = None  # the step that is being written
-    saved_step: int | None = None  # the last one on disk
-    saving_group: object = None  # of the threads that save what is sharded
-    compiling: bool = False
+    def __init__(self, argv):
+        """A new run, or the one of a checkpoint, ready for its next step. Raises a UserError before anything is written."""
+        train_set, model_set = configure(__doc__, argv, TrainConfig, ModelConfig)
+        start_ranks()
+        self.resumed, saved, cfg, model_cfg = read_settings(train_set, model_set)
+        if cfg.eval_tasks:  # a typo is found now, not after days
+            import bench
 
-    def __post_init__(self):
-        self.micro_steps = self.cfg.grad_accum_steps // world()  # micro-batches of a step on this rank
+            bench.check(eval_argv(cfg))
+        self.cfg, self.out_dir, self.sharded = cfg, Path(cfg.out_dir), cfg.parallel == "fsdp"
+        self.device, self.autocast = pick_device(cfg, local_rank(), world())
+        self.bf16 = isinstance(self.autocast, torch.autocast)
+        if self.sharded and not dist.is_initialized():
+            raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
+        self.data, self.val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
+        self.fingerprint = sha256(Path(cfg.data_dir) / "manifest.json")
+        if self.resumed and saved["data"] != self.fingerprint:
+            raise ConfigError(f"data_dir={cfg.data_dir} is not the data that the checkpoint was trained on")
+
+        torch.manual_seed(cfg.seed)
+        placed = {"device": self.device, "bf16": self.bf16, "offload": cfg.offload}
+        shard = partial(parallel.shard, **placed) if self.sharded else None
+        model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, "size" in train_set)
+        model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
+        self.teacher = open_teacher(cfg, model.config, self.device, self.bf16)
+        model.train()
+        if not self.sharded:
+            model.to(self.device)
+        if cfg.compile:
+            model.compile_trunk()
+        self.compiling = cfg.compile
+        torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
+        self.wrapped = model
+        if world() > 1 and not self.sharded:
+            self.wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(model, cfg)
+        self.micro_steps = cfg.grad_accum_steps // world()  # micro-batches of a step on this rank
+
+        self.about = publish.facts(cfg.init_from, self.data.manifest, argv, saved.get("about"))  # for the card
+        self.about["validation"] = saved["about"]["validation"] if self.resumed else None  # the last one
+        self.wandb_id = saved.get("wandb_id") or uuid.uuid4().hex[:8]
+        self.saving = None  # the step that is being written, and its future
+        self.saved_step = saved.get("step")  # the last one on disk
+        self.saving_group = dist.new_group(backend="gloo") if self.sharded else None  # of the threads that save
+        self.progress = Progress()
+        if self.resumed:
+            self.restore(saved)
+        self.metrics = Metrics(cfg, self.progress, peak_flops(self.device, self.bf16))
+        self.flops_per_token = 0.0  # with all that training computes for it
         self.set_capacity()
-        self.compiling = self.cfg.compile
+        self.prepare_folder()
+        self.introduce()
 
-    @property
-    def out_dir(self) -> Path:
-        return Path(self.cfg.out_dir)
+    def restore(self, saved: dict):
+        """Puts a run where its checkpoint stood: optimizer, counters, random generators, metrics not yet logged."""
+        progress, device = self.progress, self.device
+        progress.step, progress.flops, progress.best_val_loss = saved["step"], saved["flops"], saved["best_val_loss"]
+        progress.bad_in_a_row, progress.bad_steps = saved["bad"]
+        progress.recent.extend(saved["recent"])
+        checkpoint.load_optimizer(self.resumed, self.model, self.optimizer)
+        ranks = torch.load(self.resumed / "ranks.pt", map_location="cpu", weights_only=True)
+        if len(ranks) == world():
+            of_rank = ranks[rank()]
+            progress.rows = list(of_rank["rows"].to(device))
+            torch.set_rng_state(of_rank["rng"])
+            if device.type == "cuda" and "cuda" in of_rank:
+                torch.cuda.set_rng_state(of_rank["cuda"], device)
+        else:  # another number of ranks: new random numbers, and the mean of the metrics for each
+            progress.rows = list(torch.stack([of_rank["rows"] for of_rank in ranks]).mean(0).to(device))
+            torch.manual_seed(self.cfg.seed + 1 + rank() + progress.step)
+
+    def prepare_folder(self):
+        """Makes out_dir what it was at this step, on the main rank; and starts W&B."""
+        cfg, step = self.cfg, self.progress.step
+        if rank():
+            return
+        if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
+            publish.reserve(cfg.push_to_hub)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.rewind(self.out_dir, step if self.resumed else -1, complete=step == cfg.max_steps)
+        if cfg.wandb_log:
+            settings = asdict(cfg) | self.model_config
+            self.metrics.wandb_run = start_wandb(cfg, settings, self.wandb_id, bool(self.resumed))
+
+    def introduce(self):
+        """Says what will be trained on what, and what it will take."""
+        cfg, model, data = self.cfg, self.model, self.data
+        size = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"{model.config.architecture}: {size:,} parameters, {trained:,} of them trained")
+        per_step = self.metrics.tokens_per_step
+        epochs = cfg.max_steps * per_step / data.tokens
+        say(f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {per_step:,} read {epochs:.2f} epochs")
+        sharded = ", sharded" if self.sharded else ""
+        say(f"{self.device}, {world()} rank(s){sharded}, {'bfloat16' if self.bf16 else 'float32'}")
+        parts = parallel.memory(model, cfg, world(), self.micro_steps, self.bf16)
+        if self.teacher:
+            parts["teacher"] = sum(p.nbytes for p in self.teacher.parameters())
+        total = f"{sum(parts.values()) / 1e9:.2f} GB = "
+        say("memory per rank, estimated: " + total + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items()))
+        for group in self.optimizer.param_groups:
+            n, rate, decay = sum(p.numel() for p in group["params"]), group["peak"], group["weight_decay"]
+            say(f"  {group['name']:13} {n:13,} parameters, rate {rate:g}, weight decay {decay:g}")
+        if self.device.type == "cuda" and self.bf16 and not self.metrics.peak:
+            say(f"warning: no MFU, because {device_name(self.device)} is not in PEAK_FLOPS")
+        if self.resumed:
+            say(f"resumed from {self.resumed}")
 
     def set_capacity(self):
         """The capacity of this step, where it is annealed; and what a token then costs."""
-        cfg, now = self.cfg, self.model.config.capacity
+        cfg, config = self.cfg, self.model.config
+        now, end = config.capacity, self.model_config["capacity"]
         if cfg.capacity_start is not None:
-            end = self.model_config["capacity"]
             now = annealed(self.progress.step, cfg.capacity_start, end, cfg.capacity_anneal_steps)
-        if now == self.model.config.capacity and hasattr(self, "flops_per_token"):
+        if self.flops_per_token and now == config.capacity:
             return
         self.model.set_capacity(now)
         self.flops_per_token = self.model.flops_per_token(cfg.seq_len, training=True)
         if self.teacher:  # its forward pass, and the student's head a second time
-            head = 6.0 * self.model.config.hidden_size * self.model.config.vocab_size
+            head = 6.0 * config.hidden_size * config.vocab_size
             self.flops_per_token += self.teacher.flops_per_token(cfg.seq_len) + head
 
     def exchange_gradients(self, last_micro_step: bool):
         """One exchange a step: to be said before the forward pass of each micro-batch."""
-        if self.cfg.parallel == "fsdp":
+        if self.sharded:
             self.model.set_requires_gradient_sync(last_micro_step)
         elif world() > 1:
             self.wrapped.require_backward_grad_sync = last_micro_step
@@ -393,7 +459,7 @@ class Run:
     def save(self):
         """Begin a checkpoint of this step; every rank calls it. A full disk is a warning, not the end of the run."""
         self.settle()
-        progress = self.progress
+        cfg, progress = self.cfg, self.progress
         rows = torch.stack(progress.rows).cpu() if progress.rows else torch.zeros(0)
         of_rank = {"rows": rows, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -406,27 +472,18 @@ class Run:
             "best_val_loss": progress.best_val_loss,
             "bad": [progress.bad_in_a_row, progress.bad_steps],
             "recent": list(progress.recent),
-            "data": fingerprint(self.cfg),
-            "wandb_id": self.run_id,
+            "data": self.fingerprint,
+            "wandb_id": self.wandb_id,
             "world_size": world(),
             "torch": torch.__version__,
-            "config": {"train": asdict(self.cfg), "model": self.model_config},
+            "config": {"train": asdict(cfg), "model": self.model_config},
             "about": dict(self.about),
         }
-        self.saving = (
-            progress.step,
-            checkpoint.save(
-                self.out_dir,
-                state,
-                self.model,
-                self.optimizer,
-                of_rank,
-                self.cfg.data_dir,
-                self.cfg.keep_last,
-                self.metrics.pending,
-                self.saving_group,
-            ),
+        where, pending = self.out_dir, self.metrics.pending
+        future = checkpoint.save(
+            where, state, self.model, self.optimizer, of_rank, cfg.data_dir, cfg.keep_last, pending, self.saving_group
         )
+        self.saving = progress.step, future
 
     def settle(self):
         """Wait for the checkpoint that is being written, if any."""
@@ -440,61 +497,8 @@ class Run:
             say(f"warning: step {step} is not saved: {e}; what was saved before is intact")
 
 
-def fingerprint(cfg) -> str:
-    return sha256(Path(cfg.data_dir) / "manifest.json")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Setting up
-
-
-def set_up(argv) -> Run:
-    """A new run, or the one of a checkpoint, ready for its next step. Raises a UserError before anything is written."""
-    train_set, model_set = configure(__doc__, argv, TrainConfig, ModelConfig)
-    start_ranks()
-    resumed, saved, cfg, model_cfg = read_settings(train_set, model_set)
-    if cfg.eval_tasks:  # a typo is found now, not after days
-        import bench
-
-        bench.check(eval_argv(cfg))
-    device, autocast = pick_device(cfg, local_rank(), world())
-    bf16, sharded = not isinstance(autocast, nullcontext), cfg.parallel == "fsdp"
-    if sharded and not dist.is_initialized():
-        raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
-    data, val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
-    if resumed and saved["data"] != fingerprint(cfg):
-        raise ConfigError(f"data_dir={cfg.data_dir} is not the data that the checkpoint was trained on")
-
-    def shard(model):
-        parallel.shard(model, device, bf16, cfg.offload)
-
-    torch.manual_seed(cfg.seed)
-    model = build_model(cfg, model_set, model_cfg, resumed, data, shard if sharded else None, "size" in train_set)
-    model_config = model.config.to_dict()
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    teacher = open_teacher(cfg, model.config, device, bf16)
-    model.train()
-    if not sharded:
-        model.to(device)
-    if cfg.compile:
-        model.compile_trunk()
-    torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
-    wrapped = model
-    if world() > 1 and not sharded:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    optimizer = make_optimizer(model, cfg)
-    about = publish.facts(cfg.init_from, data.manifest, argv, saved.get("about"))
-    about["validation"] = saved["about"]["validation"] if resumed else None  # the last one
-    run = Run(cfg, model_config, device, autocast, bf16, data, val, model, wrapped, teacher, optimizer, about)
-    run.run_id = saved.get("wandb_id") or uuid.uuid4().hex[:8]
-    if sharded:
-        run.saving_group = dist.new_group(backend="gloo")
-    if resumed:
-        restore(run, resumed, saved)
-    run.metrics = Metrics(cfg, run.progress, peak_flops(device, bf16))
-    prepare_folder(run)
-    introduce(run)
-    return run
+# What a run is made of
 
 
 def read_settings(train_set, model_set):
@@ -539,19 +543,13 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
     """The model of a new or a resumed run, on the CPU or sharded. model_cfg: of a resumed one."""
     if resumed:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
-        model = checkpoint.load_model(resumed, shard=shard, capacity=model_cfg.capacity)
+        model = checkpoint.load_model(resumed, shard, capacity=model_cfg.capacity)
     elif cfg.init_from == "scratch":
         vocab_size = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **vocab_size | model_set)
-        check_fit(cfg, model_cfg, data, world())
-        with torch.device("meta"):
-            model = Transformer(model_cfg)
-        if shard is None:
-            model.to_empty(device="cpu")
-        else:
-            shard(model)
+        check_fit(cfg, model_cfg, data, world())  # before memory is taken
+        model = checkpoint.empty_model(model_cfg, shard)
         model.init_weights(model.state_dict())
-        return model
     else:
         model = convert(cfg, model_set, data, shard, size_is_set)
     check_fit(cfg, model.config, data, world())
@@ -598,20 +596,15 @@ def spared_layers(cfg, model_set, data) -> list[int]:
 def check_fit(cfg, model_cfg, data, ranks):
     """Whether model, data and job can work together; ConfigError names everything that cannot."""
     found = []
-    if data.vocab_size > model_cfg.vocab_size:
-        found.append(
-            f"{cfg.data_dir} has token ids up to {data.vocab_size - 1}, the model vocab_size={model_cfg.vocab_size}: "
-            "prepare the text with this model's tokenizer, or raise vocab_size"
-        )
-    if cfg.seq_len > model_cfg.max_position_embeddings:
-        found.append(
-            f"seq_len={cfg.seq_len} is longer than max_position_embeddings={model_cfg.max_position_embeddings}"
-        )
+    vocab_size, longest = model_cfg.vocab_size, model_cfg.max_position_embeddings
+    if data.vocab_size > vocab_size:
+        ids = f"{cfg.data_dir} has token ids up to {data.vocab_size - 1}, the model vocab_size={vocab_size}"
+        found.append(f"{ids}: prepare the text with this model's tokenizer, or raise vocab_size")
+    if cfg.seq_len > longest:
+        found.append(f"seq_len={cfg.seq_len} is longer than max_position_embeddings={longest}")
     if cfg.grad_accum_steps % ranks:
-        found.append(
-            f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: "
-            f"use {-(-cfg.grad_accum_steps // ranks) * ranks}"
-        )
+        cure = f"use {-(-cfg.grad_accum_steps // ranks) * ranks}"
+        found.append(f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: {cure}")
     if cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
     if found:
@@ -646,67 +639,6 @@ def open_teacher(cfg, model_cfg, device, bf16):
     return teacher
 
 
-def restore(run: Run, resumed: Path, saved: dict):
-    """Puts a run where its checkpoint stood: optimizer, counters, random generators, metrics not yet logged."""
-    progress = run.progress
-    progress.step, progress.flops, progress.best_val_loss = saved["step"], saved["flops"], saved["best_val_loss"]
-    progress.bad_in_a_row, progress.bad_steps = saved["bad"]
-    progress.recent.extend(saved["recent"])
-    run.resumed, run.saved_step = resumed, saved["step"]
-    checkpoint.load_optimizer(resumed, run.model, run.optimizer)
-    ranks = torch.load(resumed / "ranks.pt", map_location="cpu", weights_only=True)
-    if len(ranks) == world():
-        of_rank = ranks[rank()]
-        progress.rows = list(of_rank["rows"].to(run.device))
-        torch.set_rng_state(of_rank["rng"])
-        if run.device.type == "cuda" and "cuda" in of_rank:
-            torch.cuda.set_rng_state(of_rank["cuda"], run.device)
-    else:  # another number of ranks: new random numbers, and the mean of the metrics for each
-        progress.rows = list(torch.stack([of_rank["rows"] for of_rank in ranks]).mean(0).to(run.device))
-        torch.manual_seed(run.cfg.seed + 1 + rank() + progress.step)
-
-
-def prepare_folder(run: Run):
-    """Makes out_dir what it was at this step, on the main rank; and starts W&B."""
-    if rank():
-        return
-    cfg, progress = run.cfg, run.progress
-    if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
-        publish.reserve(cfg.push_to_hub)
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    complete = progress.step == cfg.max_steps
-    checkpoint.rewind(run.out_dir, progress.step if run.resumed else -1, complete)
-    if cfg.wandb_log:
-        settings = asdict(cfg) | run.model_config
-        run.metrics.wandb_run = start_wandb(cfg, settings, run.run_id, bool(run.resumed))
-
-
-def introduce(run: Run):
-    """Says what will be trained on what, and what it will take."""
-    cfg, model, data = run.cfg, run.model, run.data
-    tokens_per_step = run.metrics.tokens_per_step
-    epochs = cfg.max_steps * tokens_per_step / data.tokens
-    size = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{model.config.architecture}: {size:,} parameters, {trained:,} of them trained")
-    reads = f"{cfg.max_steps} steps of {tokens_per_step:,} read {epochs:.2f} epochs"
-    say(f"{cfg.data_dir}: {data.tokens:,} tokens; {reads}")
-    sharded = ", sharded" if cfg.parallel == "fsdp" else ""
-    say(f"{run.device}, {world()} rank(s){sharded}, {'bfloat16' if run.bf16 else 'float32'}")
-    parts = parallel.memory(model, cfg, world(), run.micro_steps, run.bf16)
-    if run.teacher:
-        parts["teacher"] = sum(p.nbytes for p in run.teacher.parameters())
-    total = f"{sum(parts.values()) / 1e9:.2f} GB = "
-    say("memory per rank, estimated: " + total + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items()))
-    for group in run.optimizer.param_groups:
-        n, rate, decay = sum(p.numel() for p in group["params"]), group["peak"], group["weight_decay"]
-        say(f"  {group['name']:13} {n:13,} parameters, rate {rate:g}, weight decay {decay:g}")
-    if run.device.type == "cuda" and run.bf16 and not run.metrics.peak:
-        say(f"warning: no MFU, because {device_name(run.device)} is not in PEAK_FLOPS")
-    if run.resumed:
-        say(f"resumed from {run.resumed}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The end, or a stop on the way
 
@@ -739,7 +671,8 @@ def finish(run: Run, stop: Stop):
         say(f"the run in {run.out_dir} is complete: a larger --max_steps goes on")
     if run.metrics.wandb_run:
         run.metrics.wandb_run.finish()
-    stop.release_signals()
+    for number, handler in stop.handlers.items():  # an evaluation or an upload may be stopped as any program
+        signal.signal(number, handler)
     run.wrapped = None  # DDP goes before its process group: the other way round its destructor has been seen to wait
     if dist.is_initialized():
         dist.barrier()  # no rank leaves while the main one still writes

@@ -1,15 +1,19 @@
-"""A trained model with its tokenizer: where it lies, and text in and out of it. T tokens."""
+"""A trained model with its tokenizer: where it lies, text in and out of it, what its router did to a text. T tokens."""
 
 import codecs
 import os
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 from errors import ConfigError, ModelError, first_line
 from model import Transformer
 from tokenizer import EOT, byte_alphabet
 from weights import find_model
+
+WINDOW = 1024  # tokens that a text is traced in at a time
 
 
 def model_directory(path: str) -> str:
@@ -70,7 +74,9 @@ def encode(model, tokenizer, text: str) -> torch.Tensor:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except TypeError:
         raise ConfigError(f"the text {text[:40]!r} is not valid UTF-8") from None
-    ids = ids or [end_of_text(tokenizer)]
+    ids = ids or [tokenizer.token_to_id(EOT)]
+    if ids == [None]:
+        raise ConfigError(f"an empty text needs a tokenizer with {EOT}: give a prompt")
     if max(ids) >= model.config.vocab_size:
         raise ModelError(f"the tokenizer gives id {max(ids)}, the model's vocabulary ends at {model.config.vocab_size}")
     return torch.tensor(ids)
@@ -113,11 +119,67 @@ def continuations(model, tokenizer, prompt: torch.Tensor, n: int, count: int = 1
     sampling: temperature, top_k, top_p of `Transformer.generate`.
     """
     end = tokenizer.token_to_id(EOT)
-    end = -1 if end is None else end  # no token has the id −1
     prompts = prompt.to(model.head_weight.device).expand(count, -1)
-    ids = model.generate(prompts, n, stop_ids=(end,), **sampling)  # (count, T + n)
+    ids = model.generate(prompts, n, stop_ids=() if end is None else (end,), **sampling)  # (count, T + n)
     sequences = []
     for row in ids.cpu():
-        ends = (row[len(prompt) :] == end).nonzero()
-        sequences.append(row[: len(prompt) + int(ends[0]) + 1] if len(ends) else row)
+        new = row[len(prompt) :].tolist()
+        sequences.append(row[: len(prompt) + new.index(end) + 1] if end in new else row)
     return sequences
+
+
+@dataclass
+class Trace:
+    """What causal routing, which is what inference does, did to each token of a text. On the CPU."""
+
+    masks: dict[int, torch.Tensor]  # {routed layer: (T) bool}, whether the token entered its block
+    tokens: dict[int, dict[str, torch.Tensor]]  # {layer: {margin, causal_probability, score, G, S_CE, S_CU: (T)}}
+    rules: dict[int, str]  # {routed layer: what decided, "causal router" for instance}
+    loss: torch.Tensor  # (T) cross-entropy of the token after each one, in nats; NaN after the last
+
+    @property
+    def entered(self) -> list[int]:
+        """Number of routed blocks that each token entered."""
+        return sum(mask.int() for mask in self.masks.values()).tolist() if self.masks else [0] * len(self.loss)
+
+
+def trace(model, ids: torch.Tensor) -> Trace:
+    """What causal routing does to ids (T).
+
+    A text beyond the window is read in windows that overlap by half, and every token is shown as the window saw it that
+    gave it the longer past.
+    """
+    size = min(WINDOW, model.config.max_position_embeddings)
+    windows, done = [], 0
+    while done < len(ids):
+        start = 0 if done < size else done - size // 2
+        windows.append(trace_window(model, ids[start : start + size + 1], size, new=done - start))
+        done = min(start + size, len(ids))
+    masks, tokens = {}, {}
+    for layer, names in windows[0].tokens.items():
+        masks[layer] = torch.cat([window.masks[layer] for window in windows])
+        tokens[layer] = {name: torch.cat([window.tokens[layer][name] for window in windows]) for name in names}
+    return Trace(masks, tokens, windows[0].rules, torch.cat([window.loss for window in windows]))
+
+
+@torch.inference_mode()
+def trace_window(model, ids: torch.Tensor, size: int, new: int) -> Trace:
+    """The trace of the first `size` ids (at most one more, the last one's target), without the first `new` of them.
+
+    An architecture that does not score causally computes no surprise at inference: its S_CE, S_CU and G are those of the
+    training pass over the same text.
+    """
+    ids = ids.to(model.head_weight.device)
+    window, targets = ids[None, :size], ids[1:]
+    out = model(window, routing="causal", return_masks=True)
+    if not model.config.kind.scores_causally:
+        training = model(window, routing="topk", return_masks=True)
+        for layer, values in training.tokens.items():
+            out.tokens[layer] = values | out.tokens[layer]
+    loss = F.cross_entropy(out.logits[0, : len(targets)].float(), targets, reduction="none")
+    loss = F.pad(loss, (0, window.size(1) - len(targets)), value=torch.nan)
+    masks, tokens = {}, {}
+    for layer, values in out.tokens.items():
+        masks[layer] = out.masks[layer][0, new:].cpu()
+        tokens[layer] = {name: value[0, new:].cpu() for name, value in values.items()}
+    return Trace(masks, tokens, out.rules, loss[new:].cpu())

@@ -17,12 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from errors import ConfigError, DataError, ModelError
-from flops import count_flops
 from harness import find_tasks, lm_eval_model
-from inference import calibrate
-from measure import interleaved
+from measure import calibrate, interleaved
 from model import ModelConfig, Transformer
-from speed import MEASURES, Peer
+from speed import MEASURES, Peer, count_flops
 from tokenizer import EOT
 
 ROOT = Path(bench.__file__).parent

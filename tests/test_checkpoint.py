@@ -127,6 +127,21 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, trained):
     assert names(tmp_path) == ["step_0000001", "step_0000002"]
 
 
+def test_a_full_disk_at_the_start_of_a_sharded_checkpoint(tmp_path, trained, monkeypatch):
+    """Known before the ranks begin to write together: one that does not come would keep the others waiting."""
+    model, optimizer, tokenizer = trained
+
+    def save_config(directory):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(model, "save_config", save_config)
+    state = {"step": 1, "val_loss": None, **FACTS}
+    saving = checkpoint.save(tmp_path, state, model, optimizer, {}, tokenizer, 2, group=object())
+    with pytest.raises(CheckpointError, match="no space left"):
+        saving.result()
+    assert names(tmp_path) == []
+
+
 def test_lines_that_do_not_fit_wait(tmp_path):
     path, lines = tmp_path / "metrics.jsonl", ["second " * 1000 + "\n"]
     path.write_text("first\n")

@@ -183,6 +183,7 @@ class Limits:
         ("gates", ["soft", "x"], "gates=['soft', 'x'] is not one of soft, hard"),
         ("betas", (0.0, 0.5), "betas=(0.0, 0.5) must be positive"),
         ("windows", (4, 2, 0), "windows=(4, 2, 0) must be at least 1"),
+        ("seq_len", "many", "seq_len='many' must be at least 1"),  # config.json may hold anything
     ],
 )
 def test_a_value_out_of_its_limits_is_said_in_words(key, value, message):

@@ -76,7 +76,7 @@ def test_an_architectures_names_stand_in_its_own_file():
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         strings |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         strings |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        allowed = {"prior"} if name in ("blocks", "optimizer", "flops") else set()  # there the name of a rate group
+        allowed = {"prior"} if name in ("blocks", "optimizer", "speed") else set()  # there the name of a rate group
         assert {s for s in strings if isinstance(s, str)} & theirs <= allowed, name
 
 

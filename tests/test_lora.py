@@ -181,6 +181,17 @@ def test_a_run_writes_its_adapter_and_leaves_the_base(run, data, start, tmp_path
     assert re.search(rf"lora +{counts[1]:,} parameters, rate 0.03", err)
 
 
+def test_a_merged_model_has_the_capacity_that_was_reached(data, start, tmp_path):
+    """Also where the run was complete, its model lost, and it is written anew."""
+    keys = ["--lora_merge", "--capacity_start=1.0", "--capacity_anneal_steps=4", f"--out_dir={tmp_path}"]
+    train.main([*arguments(data, start, max_steps=5), *keys])
+    written = (tmp_path / "final_model" / "config.json").read_bytes()
+    assert json.loads(written)["capacity"] == 0.5
+    shutil.rmtree(tmp_path / "final_model")
+    train.main([f"--resume={tmp_path}"])
+    assert (tmp_path / "final_model" / "config.json").read_bytes() == written
+
+
 def test_resumed_is_undisturbed(data, start, tmp_path):
     """With dropout, from step 4 and step 8."""
     train.main([*arguments(data, start, "mod", lora_dropout=0.1), "--keep_last=5", f"--out_dir={tmp_path / 'whole'}"])

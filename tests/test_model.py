@@ -646,6 +646,23 @@ def test_the_trunk_is_one_graph_with_the_same_gradients(architecture, smallest, 
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
+def test_every_stair_of_an_annealed_capacity_is_compiled(monkeypatch):
+    """Each with and without gradients: the fifth is beyond the compiler's usual limit of 8 variants."""
+    compile = torch.compile
+    monkeypatch.setattr("model.need_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compile(module, backend="eager", **how))
+    model, ids = small_model("mod", num_hidden_layers=2), random_ids(1, 64)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_trunk()
+    for stair in range(5):
+        model.set_capacity(1 - stair / 16)
+        model(ids, ids).loss.backward()
+        with torch.no_grad():
+            model(ids, ids)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
+
+
 def test_thresholds_average_the_kth_score():
     model = small_model("mod", causal_decision="threshold", num_hidden_layers=2).train()
     ids, expected = random_ids(2, 20), None

@@ -93,6 +93,8 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     ]
     train.main(job("one", "scratch", *scratch))
     two += [job("fsdp2", "scratch", *scratch, fsdp)]
+    control = ["--init_from=scratch", "--architecture=mod", "--router=random", "--hidden_size=32", "--max_steps=3"]
+    two += [job("control", "mod", *control)]
     two += [job("offload", "dtf", fsdp, "--offload")]
     two += [job("bf16", architecture, fsdp, "--dtype=bfloat16") for architecture in ("dtf", "stt")]
     torchrun(folder, 2, two)
@@ -106,6 +108,12 @@ def assert_equal_losses(one, other):
         assert a.keys() == b.keys()
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, a["step"])
+
+
+def test_the_random_control_trains_on_many_ranks(runs):
+    """A router that nobody trains kept DDP waiting for its gradient: "Expected to have finished reduction"."""
+    lines = without_clock(runs / "control" / "mod")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[-1]["train/loss"] < lines[1]["train/loss"]
 
 
 def test_offloaded_ranks_are_one_too(runs):

@@ -14,7 +14,6 @@ from test_sample import TEXT, TOKENIZER, VOCABULARY, save_model
 import figures
 import measure
 import plot
-import tables
 import trained
 from configurator import cli
 from data import TokenData
@@ -123,7 +122,7 @@ def test_labels_keep_apart_and_inside():
 
 
 def test_si():
-    assert [tables.si(v) for v in (0.5, 7, 1234567, 9.99e9, 2e12)] == ["0.5", "7", "1.23 M", "9.99 G", "2 T"]
+    assert [figures.si(v) for v in (0.5, 7, 1234567, 9.99e9, 2e12)] == ["0.5", "7", "1.23 M", "9.99 G", "2 T"]
 
 
 def test_report(folder, monkeypatch, capsys):
@@ -156,7 +155,7 @@ def test_report(folder, monkeypatch, capsys):
         kept = per_layer * (5 - len(shares) + sum(shares))
         assert table["KV cache, bytes per token"][n].split(" (")[0] == f"{kept:,.0f}"
         flops = model.flops_per_token(SEQ_LEN, capacity=shares)
-        assert table["FLOPs per token, causal inference"][n].split(" (")[0] == tables.si(flops)
+        assert table["FLOPs per token, causal inference"][n].split(" (")[0] == figures.si(flops)
         expected = f"{sum(shares) / len(shares):.1%}" if shares else "–"
         assert table["causal router, capacity"][n] == expected
         assert table["parameters"][n].split(" (")[0] == f"{sum(p.numel() for p in model.parameters()):,}"

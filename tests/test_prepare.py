@@ -417,6 +417,8 @@ for source in json.loads(sys.argv[1]):
         ({"id": "a/b", "share": 0}, "share=0.0 must lie in (0, 1]"),
         ({"id": "a/b", "weight": -1}, "weight=-1.0 must not be negative"),
         ({"name": "x"}, "sources[0]: set either id, a data set of the hub, or input, local files"),
+        ({"id": "a/b", "join": "("}, "sources[0]: join='(' is no regular expression: "),
+        ({"id": "a/b", "nmae": 1, "share": 2}, "did you mean name?; share=2.0 must lie in (0, 1]"),
         ({"input": "Makefile"}, "input 'Makefile': the extension is not one of"),
     ],
 )

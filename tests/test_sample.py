@@ -20,11 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import figures
 import sample
-import tracing
 import trained
 from configurator import cli
 from model import Transformer
-from page import page
+from sample import page
 
 TEXT = "def main(argv):\n    return 0\n\nclass Café:\n    print('naïve', 12.5) # 東京\n" * 3
 VOCABULARY = 300
@@ -135,7 +134,7 @@ def test_continuations_end_with_the_end_of_text():
 def test_trace_is_the_causal_forward(architecture):
     model = small_model(architecture, vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (30,))
-    seen = tracing.trace(model, ids)
+    seen = trained.trace(model, ids)
     with torch.no_grad():
         out = model(ids[None], routing="causal", return_masks=True)
         surprise = model(ids[None], routing="topk", return_masks=True).tokens
@@ -154,10 +153,10 @@ def test_trace_is_the_causal_forward(architecture):
 
 
 def test_a_long_text_is_read_in_windows_that_overlap_by_half(monkeypatch):
-    monkeypatch.setattr(tracing, "WINDOW", 16)
+    monkeypatch.setattr(trained, "WINDOW", 16)
     model = small_model("dtf", vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (37,))
-    seen = tracing.trace(model, ids)
+    seen = trained.trace(model, ids)
     for t in range(37):
         start = 0 if t < 16 else (t - 8) // 8 * 8  # windows start at 0, 8, 16, 24
         with torch.no_grad():
@@ -236,7 +235,7 @@ def hostile_page():
     model = small_model("dtf", vocab_size=VOCABULARY)
     ids = torch.tensor(TOKENIZER.encode(HOSTILE + "\n" + TEXT).ids)
     texts = trained.token_texts(TOKENIZER, ids.tolist())
-    seen = tracing.trace(model, ids)
+    seen = trained.trace(model, ids)
     return page(HOSTILE, model.config, texts, ids.tolist(), seen), texts, ids, seen
 
 
@@ -276,7 +275,7 @@ def test_page_in_a_browser(tmp_path):
 def test_page_of_a_dense_model():
     model = small_model("dense", vocab_size=VOCABULARY)
     ids = torch.randint(1, VOCABULARY, (1,))
-    content = page("one token", model.config, ["x"], ids.tolist(), tracing.trace(model, ids))
+    content = page("one token", model.config, ["x"], ids.tolist(), trained.trace(model, ids))
     assert json.loads(Scripts(content).scripts[-2])["layers"] == []
 
 

@@ -30,7 +30,7 @@ from device import peak_flops
 from errors import CheckpointError, ModelError, TrainError
 from metrics import spikes
 from model import ModelConfig, Transformer
-from optimizer import lr_scale, param_groups
+from optimizer import lr_scale, param_groups, step_unless
 from sources import read_sources
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
@@ -390,6 +390,27 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),  # torch's would begin with what lies in memory
+        lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9),
+    ],
+)
+def test_a_bad_first_step_changes_nothing_whatever_the_optimizer(optimizer):
+    ends = []
+    for bad_steps in (0, 2):
+        parameter = torch.nn.Parameter(torch.ones(64, 64))
+        ours = optimizer([parameter])
+        for step in range(bad_steps + 3):
+            bad = step < bad_steps
+            parameter.grad = torch.full_like(parameter, math.nan if bad else 1.0)
+            step_unless(torch.tensor(float(bad)), ours)
+        ends.append(parameter.detach().clone())
+    assert torch.equal(*ends) and not torch.equal(ends[0], torch.ones(64, 64))
+
+
 def test_a_step_that_is_not_finite_leaves_the_average_thresholds(data, tmp_path, monkeypatch):
     model = small_model("mod", vocab_size=VOCAB, causal_decision="threshold")
     model.save_pretrained(tmp_path / "start")
@@ -409,6 +430,22 @@ def test_a_spike_is_a_loss_beyond_six_deviations():
     assert found[0]["loss"] == 4.0 and found[1]["loss"] is None
     assert list(recent)[-3:] == [2.69, 4.0, 2.1]
     assert spikes([[1e9, 1.0, 0.0]], 1, deque([1.0] * 19), 8) == []  # too early to tell
+
+
+def test_data_that_is_written_anew_under_a_run_is_noticed(data, start, tmp_path, monkeypatch):
+    """The checkpoints hold the fingerprint of what the run has opened, not of what lies there now."""
+    shutil.copytree(data, tmp_path / "data")
+    evaluate = train.evaluate
+
+    def rewriting(*arguments):
+        with open(tmp_path / "data" / "manifest.json", "a") as f:
+            f.write("\n")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", rewriting)
+    train.main([*common(tmp_path / "data"), f"--init_from={start / 'dense'}", f"--out_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match="is not the data that the checkpoint was trained on"):
+        train.main([f"--resume={tmp_path / 'run'}", "--max_steps=10"])
 
 
 def test_out_of_memory_names_the_flags(data, start, tmp_path, monkeypatch, capsys):
