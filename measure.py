@@ -42,15 +42,15 @@ def decode_speeds(models: dict, prompt: torch.Tensor, n: int = 64, rounds: int =
 
 @torch.inference_mode()
 def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], float]:
-    """What causal routing of ids (B, T) leaves in the KV cache: ({routed layer: share of tokens}, bytes per token)."""
+    """Causal routing of ids (B, T): ({routed layer: share of the tokens that ran}, bytes per token that the KV cache holds)."""
     tokens, size = dict.fromkeys(model.config.routed_layers, 0), 0
     for chunk in ids.split(8):
         cache = model.new_cache(*chunk.shape)
-        model(chunk.to(model.head_weight.device), routing="causal", cache=cache)
+        stats = model(chunk.to(model.head_weight.device), routing="causal", cache=cache).stats
         for layer in tokens:
-            tokens[layer] += sum(cache.layers[layer].lengths)
+            tokens[layer] += stats[f"layer_{layer}/causal_capacity"].item() * chunk.numel()
         size += cache.bytes_used()
-    return {layer: held / ids.numel() for layer, held in tokens.items()}, size / ids.numel()
+    return {layer: ran / ids.numel() for layer, ran in tokens.items()}, size / ids.numel()
 
 
 @torch.inference_mode()
