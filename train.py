@@ -516,6 +516,7 @@ def read_settings(train_set, model_set):
 
 def go_on(saved, train_set, model_set):
     """The configs of a resumed run: what its checkpoint says, then what is set now. Raises ConfigError for a conflict."""
+    model_set = {name: value for name, value in model_set.items() if value != "auto"}  # the choice was made then
     try:
         earlier = TrainConfig(**saved["config"]["train"])
         cfg = TrainConfig(**saved["config"]["train"] | train_set)
@@ -587,7 +588,7 @@ def spared_layers(cfg, model_set, data) -> list[int]:
             f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"
         )
     costs = removal_costs(parent, *data.batch(0, 8))
-    chosen = choose_layers(costs, cfg.routed_share, ModelConfig(architecture=model_set["architecture"]))
+    chosen = choose_layers(costs, cfg.routed_share, ModelConfig(architecture=model_set.get("architecture", "dense")))
     said = ", ".join(f"{i} {costs[i]:+.3f}{' routed' if i in chosen else ''}" for i in range(len(costs)))
     say(f"loss without each block: {said}")
     return chosen

@@ -1,0 +1,66 @@
+"""A pretrained model becomes a routed one: blocks that are dropped, and blocks that are chosen by what their removal costs."""
+
+import json
+
+import pytest
+import torch
+from helpers import random_ids, relative_error, small_model
+from test_train import common, data, metrics, own_signal_handlers, start  # noqa: F401
+
+import train
+from conversion import choose_layers, removal_costs
+from errors import ConfigError, ModelError
+from model import ModelConfig, Transformer
+
+
+def test_dropped_blocks_are_gone_and_the_others_keep_their_order(tmp_path):
+    model, ids = small_model("dense"), random_ids(2, 30)
+    model.save_pretrained(tmp_path)
+    kept = Transformer.from_pretrained(tmp_path, keep_layers=[0, 2, 3])
+    assert kept.config.num_hidden_layers == 3 and kept.initialized == []
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in (0, 2, 3))
+    with torch.no_grad():
+        assert relative_error(kept(ids).logits, model(ids).logits) <= 1e-6
+    routed = Transformer.from_pretrained(tmp_path, keep_layers=[0, 2, 3], architecture="mod")
+    assert routed.config.routed_layers == [1]
+    for bad in ([2, 0], [0, 5], [-1, 2]):
+        with pytest.raises(ModelError, match="must ascend, from 0 to 4"):
+            Transformer.from_pretrained(tmp_path, keep_layers=bad)
+
+
+def test_removal_costs_are_what_the_loss_loses():
+    model, ids, targets = small_model("dense", num_hidden_layers=3), random_ids(2, 20), random_ids(2, 20)
+    costs = removal_costs(model, ids, targets)
+    with torch.no_grad():
+        whole = model(ids, targets).losses["lm"].item()
+        layers = model.model.layers
+        model.model.layers = torch.nn.ModuleList([layers[0], layers[2]])
+        without = model(ids, targets).losses["lm"].item()
+    assert costs[1] == pytest.approx(without - whole, rel=1e-4, abs=1e-6) and len(costs) == 3
+
+
+def test_the_cheapest_blocks_are_chosen_and_stand_apart_where_they_must():
+    costs = [7.5, 3.4, 0.2, 0.1, 0.3, 0.15, 2.5]
+    mod, dtf = (ModelConfig(architecture=name) for name in ("mod", "dtf"))
+    assert choose_layers(costs, 3 / 7, mod) == [2, 3, 5]
+    assert choose_layers(costs, 3 / 7, dtf) == [1, 3, 5]
+    with pytest.raises(ConfigError, match="routed_share=0.9 of 7 blocks is more than dtf can route"):
+        choose_layers(costs, 0.9, dtf)
+
+
+def test_training_chooses_writes_and_keeps_its_choice(data, start, tmp_path, capsys):  # noqa: F811
+    keys = [*common(data), f"--init_from={start / 'dense'}", "--routed_layers=auto", f"--out_dir={tmp_path}"]
+    train.main([*keys, "--architecture=mod", "--routed_share=0.25", "--max_steps=4"])
+    assert "loss without each block: 0 " in capsys.readouterr().err
+    config = json.loads((tmp_path / "final_model" / "config.json").read_text())
+    assert len(config["routed_layers"]) == 1
+    train.main([*keys, "--architecture=mod", "--routed_share=0.25", "--resume=auto", "--max_steps=5"])
+    assert metrics(tmp_path)[-1]["step"] == 5
+    with pytest.raises(
+        ModelError, match="routed_layers='auto' is chosen when train.py converts a model: set init_from"
+    ):
+        ModelConfig(architecture="mod", routed_layers="auto")
+    with pytest.raises(ConfigError, match="routed_layers='auto' needs a dense parent"):
+        train.main(
+            [*common(data), f"--init_from={start / 'mod'}", "--routed_layers=auto", f"--out_dir={tmp_path / 'x'}"]
+        )
