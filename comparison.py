@@ -6,13 +6,16 @@ point = {"tokens", "flops", "seconds", "topk", "causal"}        one evaluation, 
 speed = {"tokens_per_s", "ratio"}                               ratio: how many times as fast as the reference
 """
 
+import json
 import math
+import os
 import statistics
 
 import numpy as np
 
-from figures import STYLE, colours, label_ends
-from tables import si
+from figures import STYLE, colours, label_ends, save_figure
+from files import write_whole
+from tables import markdown_table, print_table, si
 
 # Student's t at 97.5 % for 1, 2, 3 … degrees of freedom; beyond, the last: a hair too wide.
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -144,6 +147,27 @@ def cost_table(document: dict) -> list[list[str]]:
             for arm, speed in speeds.items()
         }
     return columns("cost", arms, cells)
+
+
+def report(document: dict, results: str, picture_path: str):
+    """Prints the tables; writes the document to `results`, a run a line, the tables beside it as .md, and the picture."""
+    runs = ",\n ".join(json.dumps(run) for run in document["runs"])
+    head = json.dumps(document | {"runs": []})
+    write_whole(results, head.replace('"runs": []', f'"runs": [\n {runs}\n]') + "\n")
+    save_figure(picture(document), picture_path)
+    tables = loss_table(document), cost_table(document)
+    notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
+paired by seed, with their 95 % Student interval, each by itself; n.s.: the interval holds zero.
+
+FLOPs at inference are of the tokens that causal routing selects on validation text; speeds were taken in turns with those of
+{document["reference"]}: {document["processor"]}, {document["threads"]} threads, torch {document["torch"]}."""
+    parts = ["\n".join(markdown_table(table)) for table in tables]
+    parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
+    write_whole(os.path.splitext(results)[0] + ".md", "\n\n".join(parts))
+    for table in tables:
+        print_table(table)
+        print()
+    print(notes, results, picture_path, sep="\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ the exit status is then 1.
 
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -22,27 +23,23 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 import comparison
+import costs
 from configurator import Count, cli, configure, problems
-from data import TokenData, read_manifest
-from device import device_name, pick_device
-from errors import ConfigError
-from figures import save_figure
+from data import read_manifest
+from device import device_name
+from errors import ConfigError, UserError
 from files import write_whole
-from inference import Decoder
-from measure import cached, interleaved
 from model import SIZES, ModelConfig, Transformer
 from parallel import say
 from publish import git_revision
-from tables import markdown_table, print_table
 from weights import find_model
 
 ROOT = Path(__file__).parent
@@ -82,6 +79,9 @@ class StudyConfig:
                 found.append(f"the arm {arm} must be a dict of train.py's keys, not {keys!r}")
             elif ours := [key for key in OURS if key in keys]:
                 found.append(f"{arm} sets {', '.join(ours)}, which study.py does itself")
+        names = [Path(text).name for text in self.judge]
+        if len({*names, "validation"}) <= len(names):
+            found.append(f"judge={','.join(self.judge)}: the last part of each name must be its own")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             found.append(f"seeds={self.seeds} must be different, and at least one")
         if found:
@@ -100,16 +100,13 @@ class Run:
     seed: int
     folder: Path
     command: list[str]  # without the name of Python
-    settings: dict  # every key of train.py that config files and study give, as JSON holds them
+    settings: dict  # DEFAULTS and every key of train.py that config files and study give, as JSON holds them
 
     def __post_init__(self):
         self.name, self.log = self.folder.name, self.folder.with_name(f"{self.folder.name}.log")
         self.model = self.folder / "final_model"
-        steps, batch, micro_steps, seq_len = map(self.get, ("max_steps", "batch_size", "grad_accum_steps", "seq_len"))
-        self.tokens = steps * batch * micro_steps * seq_len
-
-    def get(self, key: str):
-        return self.settings.get(key, DEFAULTS.get(key))
+        factors = ("max_steps", "batch_size", "grad_accum_steps", "seq_len")
+        self.tokens = math.prod(self.settings[key] for key in factors)
 
     def kept(self, name: str) -> dict:
         """A JSON file of the run's folder, empty where it is not there."""
@@ -122,29 +119,32 @@ class Run:
         if not path.exists():
             return []
         with open(path, "rb") as f:
-            f.seek(max(0, path.stat().st_size - size) if size else 0)
-            lines = f.read().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines if line[:1] == b"{"]
+            skipped = max(0, path.stat().st_size - size) if size else 0
+            f.seek(skipped)
+            return [json.loads(line) for line in f.read().split(b"\n")[bool(skipped) : -1]]
 
 
 def plan(cfg: StudyConfig) -> list[Run]:
     """All runs: every arm with the first seed, then with the next. Raises ConfigError."""
-    base = {}
+    base, keys_of, found = {}, {}, []
     for path in cfg.configs:
         base |= {name: value for name, value in read_config(path).items() if name not in OURS}
+    for arm, own in cfg.arms.items():
+        keys_of[arm] = keys = cfg.common | own
+        try:
+            if "flops" in keys:
+                keys["max_steps"] = steps_for(keys.pop("flops"), "max_steps" in keys, DEFAULTS | base | keys)
+        except UserError as e:
+            found.append(f"arm {arm}: {e}")
+    if found:
+        raise ConfigError("; ".join(found))
     runs = []
     for seed in cfg.seeds:
-        for arm, own in cfg.arms.items():
-            keys = cfg.common | own
-            if flops := keys.pop("flops", None):
-                try:
-                    keys["max_steps"] = steps_for(flops, base | keys)
-                except ValueError as e:
-                    raise ConfigError(f"arm {arm}: {e}") from None
+        for arm, keys in keys_of.items():
             folder = Path(cfg.out_dir) / f"{arm}-{seed}"
-            command = [str(ROOT / "train.py"), *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
+            command = ["train.py", *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
             command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
-            settings = json.loads(json.dumps(base | keys | {"seed": seed}))
+            settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
             runs.append(Run(arm, seed, folder, command, settings))
     return runs
 
@@ -159,23 +159,22 @@ def read_config(path: str) -> dict:
     return {name: value for name, value in names.items() if name not in hidden and not name.startswith("_")}
 
 
-def steps_for(flops: float, settings: dict) -> int:
+def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     """How many steps spend `flops`, within 1 %. Raises ConfigError where no number does, or what a step costs changes."""
     unclear = [key for key in ("capacity_start", "distill_from", "lora") if settings.get(key)]
-    if unclear or settings.get("max_steps"):
+    if unclear or steps_are_given:
         raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
-    of_run = DEFAULTS | settings
     given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
-    if of_run["init_from"] == "scratch":
-        known = SIZES.get(of_run["size"], {}) | given
-        vocab_size = {} if "vocab_size" in known else {"vocab_size": read_manifest(of_run["data_dir"])["vocab_size"]}
-        config = ModelConfig.preset(of_run["size"], **vocab_size | given)
+    if settings["init_from"] == "scratch":
+        known = SIZES.get(settings["size"], {}) | given
+        vocab_size = {} if "vocab_size" in known else {"vocab_size": read_manifest(settings["data_dir"])["vocab_size"]}
+        config = ModelConfig.preset(settings["size"], **vocab_size | given)
     else:
-        parent = json.loads((Path(find_model(of_run["init_from"])) / "config.json").read_text())
+        parent = json.loads((Path(find_model(settings["init_from"])) / "config.json").read_text())
         config = ModelConfig.from_dict(parent, **given)
     with torch.device("meta"):
-        per_token = Transformer(config).flops_per_token(of_run["seq_len"], training=True)
-    step = per_token * of_run["batch_size"] * of_run["grad_accum_steps"] * of_run["seq_len"]
+        per_token = Transformer(config).flops_per_token(settings["seq_len"], training=True)
+    step = per_token * settings["batch_size"] * settings["grad_accum_steps"] * settings["seq_len"]
     steps = round(flops / step)
     if abs(steps * step / flops - 1) > 0.01:
         raise ConfigError(f"flops={flops:g} are {flops / step:.2f} steps: no whole number comes within 1 %")
@@ -218,7 +217,10 @@ class Children:
         """Runs a program of the project to its end, its output in the open file `log`."""
         if self.signal:
             return
-        child = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=self.environment)
+        script, *arguments = command
+        child = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments], stdout=log, stderr=log, env=self.environment
+        )
         self.running[name] = child
         if self.signal:  # it came between the two
             child.send_signal(self.signal)
@@ -241,11 +243,15 @@ class Children:
 
 
 def unjudged(cfg: StudyConfig, run: Run) -> list[str]:
-    return [text for text in cfg.judge if str([text, cfg.judge_tokens]) not in run.kept("judge.json")]
+    """The texts on which a run's final model is not scored yet."""
+    judged = run.kept("judge.json")
+    return [text for text in cfg.judge if judged.get(text, {}).get("limit") != cfg.judge_tokens]
 
 
 def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
     """Trains and judges what is still to be done of a run. Returns what went wrong, the last line of its log."""
+    if children.signal:
+        return None
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.log, "a+") as log:
         if not children.alone(log):
@@ -268,19 +274,19 @@ def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
 
 def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
     """Scores a final model on a text under both routings, by bench.py; its losses go to judge.json."""
-    seq_len, found = run.get("seq_len"), run.folder / "bench.json"
+    seq_len, found = run.settings["seq_len"], run.folder / "bench.json"
     windows = -(-cfg.judge_tokens // max(1, seq_len // 2))  # of which each is asked for its second half
     keys = {"tasks": "perplexity", "model_path": run.model, "text": text, "output_path": found, "limit": windows}
-    keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.get("device") or "auto", "dtype": "float32"}
-    children.call(run.name, [str(ROOT / "bench.py"), *(f"--{key}={value}" for key, value in keys.items())], log)
+    keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.settings.get("device", "auto"), "dtype": "float32"}
+    children.call(run.name, ["bench.py", *(f"--{key}={value}" for key, value in keys.items())], log)
     if not found.exists():
         return
     rows, losses = json.loads(found.read_text())["perplexity"], {}
     for routing in {row["routing"] for row in rows}:  # a folder has a row for each source
         mine = [row for row in rows if row["routing"] == routing]
         losses[routing] = sum(row["loss"] * row["tokens"] for row in mine) / sum(row["tokens"] for row in mine)
-    asked = str([text, cfg.judge_tokens])
-    write_whole(run.folder / "judge.json", run.kept("judge.json") | {asked: {"topk": losses["causal"]} | losses})
+    losses = {"topk": losses["causal"], "limit": cfg.judge_tokens} | losses  # dense: the two are one
+    write_whole(run.folder / "judge.json", run.kept("judge.json") | {text: losses})
     found.unlink()
 
 
@@ -336,94 +342,27 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
 # Measuring, when nothing runs any more
 
 
-def opened(run: Run):
-    """(final model, device, autocast, validation text: ids and targets (B, T) of 8 sequences) of a run."""
-    device, autocast = pick_device(
-        SimpleNamespace(device=run.get("device") or "auto", dtype=run.get("dtype") or "auto")
-    )
-    data = TokenData(run.get("data_dir"), "val", run.get("seq_len"))
-    x, y = data.batch(0, min(8, len(data)))
-    return Transformer.from_pretrained(run.model).to(device), device, autocast, x.to(device), y.to(device)
-
-
-def measure_costs(run: Run):
-    """Writes what causal routing costs a run's model on validation text: FLOPs a token, and the KV cache of what it selects."""
-    model, _, _, x, _ = opened(run)
-    selected, kv_bytes = cached(model, x)
-    flops = model.flops_per_token(x.size(1), capacity=list(selected.values()))
-    write_whole(run.folder / "costs.json", {"flops_per_token": flops, "kv_bytes": kv_bytes, "selected": selected})
-
-
-def measure_speeds(cfg: StudyConfig, run: Run, reference: Run):
-    """Writes the tokens/s of a run's model in training, prefill and decoding, taken in turns with the reference's."""
-    models, found = {}, {}
-    for each in (reference, run):  # the same where the reference is measured
-        models[each.name], device, autocast, x, y = opened(each)
-    B, T = x.shape
-    size, rounds = min(B, run.get("batch_size")), 8  # the first does not count
-
-    def take(measure, tokens, calls):
-        times = interleaved(calls, device, warmup=1, repeats=rounds - 1)
-        ratios = [theirs / mine for theirs, mine in zip(times[reference.name], times[run.name], strict=True)]
-        rate = tokens / statistics.median(times[run.name])
-        found[measure] = {"tokens_per_s": rate, "ratio": statistics.median(ratios)}
-
-    steps = {
-        each.name: training_step(models[each.name], each, x[:size], y[:size], autocast) for each in (reference, run)
-    }
-    take("training", size * T, steps)
-    with torch.inference_mode():
-        for model in models.values():
-            model.eval()
-        for batch in sorted({1, B}):
-            ids, half, few = x[:batch], T // 2, max(1, T // 2 // rounds)
-            prefill = {name: partial(prefilled, model, ids) for name, model in models.items()}
-            take(f"prefill{batch}", batch * T, prefill)
-            take(f"decode{batch}", batch * few, {name: Decoder(m, ids, half, few) for name, m in models.items()})
-    write_whole(run.folder / "speed.json", {"reference": reference.name, "threads": cfg.threads, "speeds": found})
-
-
-def prefilled(model, ids):
-    return model(ids, routing="causal", cache=model.new_cache(*ids.shape))
-
-
-def training_step(model, run: Run, x, y, autocast):
-    """A call that does what a step of the run did, at rate 0: the weights stay as they are."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    parent = run.get("distill_from")
-    teacher = parent and Transformer.from_pretrained(parent).to(x.device).requires_grad_(False)
-
-    def step():
-        with autocast:
-            out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def measure(cfg: StudyConfig, finished: list[Run]):
-    """Everything that is not measured yet: costs of every run, speeds of one run an arm."""
+    """Everything that is not measured yet: costs of every run, speeds of the first run of an arm."""
     torch.set_num_threads(cfg.threads)
-    first = {run.arm: run for run in reversed(finished)}
     for run in finished:
         if not run.kept("costs.json"):
-            measure_costs(run)
+            write_whole(run.folder / "costs.json", costs.of_inference(run.model, run.settings))
+    first = {run.arm: run for run in reversed(finished)}
     for run in first.values() if cfg.speed and cfg.reference in first else ():
-        reference = first[cfg.reference]
-        kept = run.kept("speed.json")
-        if (kept.get("reference"), kept.get("threads")) != (reference.name, cfg.threads):
+        reference, kept = first[cfg.reference], run.kept("speed.json")
+        about = {"reference": reference.name, "threads": cfg.threads}
+        if about | {"speeds": None} != kept | {"speeds": None}:
             say(f"speed of {run.name}")
-            measure_speeds(cfg, run, reference)
+            found = costs.speeds((reference.model, reference.settings), (run.model, run.settings))
+            write_whole(run.folder / "speed.json", about | {"speeds": found})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def record(run: Run) -> dict:
+def record(cfg: StudyConfig, run: Run) -> dict:
     """What the results keep of a finished run; see comparison.py."""
     curve, seconds, tokens = [], 0.0, 0
     for line in run.metrics():
@@ -433,50 +372,29 @@ def record(run: Run) -> dict:
             point = {"tokens": line["tokens"], "flops": line["flops"], "seconds": round(seconds, 3)}
             curve.append(point | {"topk": line["val/loss"], "causal": line["val/loss_causal"]})
     losses = {"validation": {routing: curve[-1][routing] for routing in ("causal", "topk")}}
-    for asked, of_text in run.kept("judge.json").items():
-        losses[Path(asked.split("'")[1]).name] = of_text
+    judged = run.kept("judge.json")
+    losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
     about, last = run.kept("study.json"), curve[-1]
-    command = [Path(about["command"][0]).name, *about["command"][1:]]
-    names = {"arm": run.arm, "seed": run.seed, "command": " ".join(command), "git": about["git"]}
-    return (
-        names
-        | {"curve": curve, "losses": losses, "costs": run.kept("costs.json")}
-        | {key: last[key] for key in ("tokens", "flops", "seconds")}
-    )
+    document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
+    document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
+    return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
 
 
 def processor(run: Run) -> str:
-    device, _ = pick_device(SimpleNamespace(device=run.get("device") or "auto", dtype="float32"))
+    device, _ = costs.device_of(run.settings)
+    if device.type == "cuda":
+        return device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return device_name(device) if device.type == "cuda" else (names or [platform.processor() or platform.machine()])[0]
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
-def report(cfg: StudyConfig, finished: list[Run], planned: int):
-    """Prints the tables; writes them with everything else to the results, and the picture."""
-    speeds = {run.arm: run.kept("speed.json").get("speeds", {}) for run in finished if run.kept("speed.json")}
-    document = {"reference": cfg.reference, "axis": cfg.axis, "judge_tokens": cfg.judge_tokens, "threads": cfg.threads}
-    document |= {"processor": processor(finished[0]), "torch": torch.__version__, "speeds": speeds}
-    document["runs"] = [record(run) for run in finished]
-    rows = ",\n ".join(json.dumps(run) for run in document["runs"])  # a line a run
-    head = json.dumps(document | {"runs": []})
-    write_whole(cfg.results, head.replace('"runs": []', f'"runs": [\n {rows}\n]') + "\n")
-    tables = comparison.loss_table(document), comparison.cost_table(document)
-    save_figure(comparison.picture(document), cfg.picture)
-    picture = os.path.relpath(cfg.picture, Path(cfg.results).parent)
-    notes = [
-        f"{len(finished)} of {planned} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences "
-        "are paired by seed, with their 95 % Student interval, each by itself; n.s.: the interval holds zero.",
-        f"{document['processor']}, torch {torch.__version__}, {cfg.threads} threads; speeds: each arm in turns with "
-        f"{cfg.reference}. FLOPs at inference: of the tokens that causal routing selects on validation text.",
-    ]
-    lines = [line for table in tables for line in [*markdown_table(table), ""]]
-    lines += [line for note in notes for line in (note, "")] + [f"![losses]({picture})", ""]
-    write_whole(Path(cfg.results).with_suffix(".md"), "\n".join(lines))
-    for table in tables:
-        print_table(table)
-        print()
-    print(*notes, cfg.results, cfg.picture, sep="\n")
+def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
+    """All results, as comparison.py describes them."""
+    document = {"reference": cfg.reference, "axis": cfg.axis, "threads": cfg.threads, "judge_tokens": cfg.judge_tokens}
+    document |= {"processor": processor(finished[0]), "torch": torch.__version__}
+    document["speeds"] = {run.arm: run.kept("speed.json").get("speeds", {}) for run in reversed(finished)}
+    return document | {"runs": [record(cfg, run) for run in finished]}
 
 
 def main(argv: list[str]):
@@ -489,7 +407,7 @@ def main(argv: list[str]):
     if not cfg.report:
         measure(cfg, finished)
     if finished:
-        report(cfg, finished, len(runs))
+        comparison.report(document_of(cfg, finished), cfg.results, cfg.picture)
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     if failed or not finished:
