@@ -214,9 +214,14 @@ def draw_training(fig, document: dict):
             points = [(x(run, point), point["causal"]) for point in run["curve"]]
             ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.7)
             ax.plot(*points[-1], **look, markersize=4.5, clip_on=False)
-        ends = [(statistics.fmean(final[arm].values()), arm, look["color"]) for arm, look in looks(document).items()]
-        ends = [(mean, f"{arm} {mean:.3f}", colour) for mean, arm, colour in ends]
-        label_ends(ax, ends, gap=0.05)
+    ends, places = [], []
+    for arm, look in looks(document).items():
+        mean, of_arm = statistics.fmean(final[arm].values()), [run for run in document["runs"] if run["arm"] == arm]
+        time = statistics.fmean(seconds(document, run, run["curve"][-1]) for run in of_arm)
+        ends.append((mean, f"{arm} {mean:.3f}", look["color"]))
+        places.append((time, mean, arm, look["color"]))
+    label_ends(fig.axes[0], ends, gap=0.05)
+    label_points(fig.axes[1], places)
     fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: one line and mark a run")
 
 
