@@ -10,10 +10,11 @@ import json
 import math
 import os
 import statistics
+from functools import partial
 
 import numpy as np
 
-from figures import STYLE, colours, label_ends, save_figure
+from figures import COLOURS, STYLE, colours, label_ends, save_figure
 from files import write_whole
 from tables import markdown_table, print_table, si
 
@@ -21,6 +22,7 @@ from tables import markdown_table, print_table, si
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 STUDENT += (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
 NONE = "–"
+MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲"}  # what a picture draws, and how a text shows it
 SPEEDS = {"training": "training", "prefill1": "prefill, batch 1", "prefill8": "prefill, batch 8"}
 SPEEDS |= {"decode1": "decoding, batch 1", "decode8": "decoding, batch 8"}
 
@@ -190,38 +192,36 @@ def picture(document: dict):
 
 
 def looks(document: dict) -> dict[str, dict]:
-    """{arm: how its marks and lines look}: colours come round, then with another mark."""
+    """{arm: how its marks look}: colours come round, then with another mark."""
     arms = list(dict.fromkeys(run["arm"] for run in document["runs"]))
     return {
-        arm: {"color": colour, "marker": "osD^"[n // 7 % 4]}
+        arm: {"color": colour, "marker": list(MARKS)[n // len(COLOURS) % len(MARKS)]}
         for n, (arm, colour) in enumerate(zip(arms, colours(arms), strict=True))
     }
 
 
 def draw_training(fig, document: dict):
-    """The validation curve of every run, its end marked; an arm's label tells the mean of the ends."""
-    ways = {
-        "training FLOPs": lambda run, point: point["flops"],
-        "measured training time in seconds": lambda run, point: seconds(document, run, point),
-    }
-    final = losses(document, "validation", "causal")
-    late = [p["causal"] for run in document["runs"] for p in run["curve"] if 4 * p["tokens"] >= run["tokens"]]
+    """The validation curve of every run, its end marked; beside them the means of an arm's final losses and times."""
+    look_of, final = looks(document), losses(document, "validation", "causal")
+    times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]))
+    late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
     margin = 0.05 * (max(late) - min(late)) + 0.005
-    for ax, (axis, x) in zip(fig.subplots(1, 2, sharey=True), ways.items(), strict=True):
-        ax.set(xlabel=axis, ylim=(min(late) - margin, max(late) + margin))
-        for run in document["runs"]:
-            look = looks(document)[run["arm"]]
-            points = [(x(run, point), point["causal"]) for point in run["curve"]]
-            ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.7)
+    flops, time = fig.subplots(1, 2, sharey=True)
+    flops.set(ylim=(min(late) - margin, max(late) + margin), xlabel="training FLOPs")
+    time.set(xlabel="measured training time in seconds")
+    for run in document["runs"]:
+        look = look_of[run["arm"]]
+        for ax, x in ((flops, lambda point: point["flops"]), (time, partial(seconds, document, run))):
+            points = [(x(point), point["causal"]) for point in run["curve"]]
+            ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.6)
             ax.plot(*points[-1], **look, markersize=4.5, clip_on=False)
-    ends, places = [], []
-    for arm, look in looks(document).items():
-        mean, of_arm = statistics.fmean(final[arm].values()), [run for run in document["runs"] if run["arm"] == arm]
-        time = statistics.fmean(seconds(document, run, run["curve"][-1]) for run in of_arm)
-        ends.append((mean, f"{arm} {mean:.3f}", look["color"]))
-        places.append((time, mean, arm, look["color"]))
-    label_ends(fig.axes[0], ends, gap=0.05)
-    label_points(fig.axes[1], places)
+    for ax, values, form in ((flops, final, "{:.3f}"), (time, times, "{:,.0f} s")):
+        means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in look_of}
+        ends = [
+            (statistics.fmean(final[arm].values()), f"{MARKS[look['marker']]} {arm} {means[arm]}", look["color"])
+            for arm, look in look_of.items()
+        ]
+        label_ends(ax, ends, gap=0.05)
     fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: one line and mark a run")
 
 

@@ -32,7 +32,7 @@ judge_tokens = 20_000
 _straight = {"gate": "straight_through"}
 _distilled = {"distill_from": "out/smollm2"}
 arms = {
-    "dense": {},
+    "dense": {"architecture": "dense"},
     "mod": {"architecture": "mod"},
     "dtf": {"architecture": "dtf"},
     "stt": {"architecture": "stt"},  # straight-through by itself
