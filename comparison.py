@@ -125,7 +125,7 @@ def loss_table(document: dict) -> list[list[str]]:
 
 
 def cost_table(document: dict) -> list[list[str]]:
-    """What the arms cost: FLOPs and memory, and measured speeds, in brackets as a share of the reference's."""
+    """What the arms cost: FLOPs, memory and measured speeds, of all but the reference as shares of its own."""
     reference, cells = document["reference"], {}
 
     def add(head, value):
@@ -144,10 +144,11 @@ def cost_table(document: dict) -> list[list[str]]:
     arms = list(cells["training, FLOPs"])
     for measure, head in SPEEDS.items():
         speeds = {arm: document["speeds"].get(arm, {}).get(measure) for arm in arms}
-        cells[f"{head}, tokens/s"] = {
-            arm: f"{speed['tokens_per_s']:,.0f} ({speed['ratio']:.2f}×)" if speed else NONE
-            for arm, speed in speeds.items()
-        }
+        cells[f"{head}, tokens/s"] = {arm: NONE for arm in arms}
+        for arm, speed in speeds.items():
+            if speed:  # rates of different times are no comparison: of the others the ratio alone
+                rate = f"{speed['tokens_per_s']:,.0f}" if arm == reference else f"{speed['ratio']:.2f}×"
+                cells[f"{head}, tokens/s"][arm] = rate
     return columns("cost", arms, cells)
 
 

@@ -185,7 +185,8 @@ def refuse_changed(cfg: StudyConfig, runs: list[Run]):
     """Raises ConfigError for runs that were begun with other settings than the study now gives them."""
     changed = []
     for run in runs:
-        before = run.kept("study.json").get("settings", run.settings)
+        foreign = run.model.exists()  # unless the study says that it is its own
+        before = run.kept("study.json").get("settings", {} if foreign else run.settings)
         keys = [key for key in before | run.settings if before.get(key) != run.settings.get(key)]
         if keys:
             what = ", ".join(f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys)
@@ -275,7 +276,10 @@ def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
 def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
     """Scores a final model on a text under both routings, by bench.py; its losses go to judge.json."""
     seq_len, found = run.settings["seq_len"], run.folder / "bench.json"
-    windows = -(-cfg.judge_tokens // max(1, seq_len // 2))  # of which each is asked for its second half
+    found.unlink(missing_ok=True)
+    windows = max(
+        1, cfg.judge_tokens // max(1, seq_len // 2) - 1
+    )  # each is asked for its second half, the first for all
     keys = {"tasks": "perplexity", "model_path": run.model, "text": text, "output_path": found, "limit": windows}
     keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.settings.get("device", "auto"), "dtype": "float32"}
     children.call(run.name, ["bench.py", *(f"--{key}={value}" for key, value in keys.items())], log)

@@ -115,6 +115,7 @@ def test_changed_settings_are_refused_with_the_cure(folder, finished):
 
 
 def test_flops_give_totals_within_one_percent(folder, finished):
+    assert run(folder, "--report") == 0
     document = json.loads((folder / "r.json").read_text())
     assert len(document["runs"]) == 4
     for each in document["runs"]:
