@@ -8,7 +8,7 @@ from blocks import Block, RoutedBlock
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
-SCRIPTS = {"bench", "plot", "prepare", "sample", "train"}
+SCRIPTS = {"bench", "plot", "prepare", "sample", "study", "train"}
 LEAVES = {"configurator", "data", "errors", "files", "kernels", "routers"}  # which know nobody but each other
 
 

@@ -1,0 +1,271 @@
+"""Arms of a study compared over seeds: intervals, tables and the picture, all of the one document that study.py writes.
+
+document = {"reference": arm, "axis": "training" | "inference", "runs": [run], "speeds": {arm: {measure: speed}}, …}
+run = {"arm", "seed", "tokens", "flops", "seconds", "curve": [point], "losses": {text: {routing: loss}}, "costs": {…}}
+point = {"tokens", "flops", "seconds", "topk", "causal"}        one evaluation, losses of the validation split
+speed = {"tokens_per_s", "ratio"}                               ratio: how many times as fast as the reference
+"""
+
+import json
+import math
+import os
+import statistics
+from functools import partial
+
+import numpy as np
+
+from figures import COLOURS, STYLE, colours, label_ends, save_figure
+from files import write_whole
+from tables import markdown_table, print_table, si
+
+# Student's t at 97.5 % for 1, 2, 3 … degrees of freedom; beyond, the last: a hair too wide.
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+STUDENT += (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+NONE = "–"
+MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲"}  # what a picture draws, and how a text shows it
+SPEEDS = {"training": "training", "prefill1": "prefill, batch 1", "prefill8": "prefill, batch 8"}
+SPEEDS |= {"decode1": "decoding, batch 1", "decode8": "decoding, batch 8"}
+
+
+def paired(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float]:
+    """The mean difference of {seed: value} from the reference's of the same seeds, and the half width of its 95 %
+    Student interval: NaN without a common seed, infinite with one.
+    """
+    differences = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
+    n = len(differences)
+    if n < 2:
+        return (differences[0], math.inf) if differences else (math.nan, math.nan)
+    return statistics.fmean(differences), STUDENT[min(n - 1, 20) - 1] * statistics.stdev(differences) / math.sqrt(n)
+
+
+def spread(values) -> str:
+    """Mean ± standard deviation."""
+    values = list(values)
+    if not values:
+        return NONE
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def difference(values: dict[int, float], reference: dict[int, float]) -> str:
+    """A paired difference with its interval, marked where the interval holds zero, and as a share of the reference."""
+    mean, half = paired(values, reference)
+    if values is reference or math.isnan(mean):
+        return NONE
+    share = mean / statistics.fmean(reference[seed] for seed in values.keys() & reference.keys())
+    width = "one seed" if half == math.inf else f"± {half:.4f}" + (" n.s." if abs(mean) <= half else "")
+    return f"{mean:+.4f} {width} ({share:+.2%})"
+
+
+def per_run(document: dict, value) -> dict[str, dict[int, float]]:
+    """{arm: {seed: value(run)}}, the arms in their order; runs for which it is None are left out."""
+    table = {run["arm"]: {} for run in document["runs"]}
+    for run in document["runs"]:
+        if (number := value(run)) is not None:
+            table[run["arm"]][run["seed"]] = number
+    return table
+
+
+def losses(document: dict, text: str, routing: str) -> dict[str, dict[int, float]]:
+    return per_run(document, lambda run: run["losses"].get(text, {}).get(routing))
+
+
+def texts(document: dict) -> list[str]:
+    """The texts that runs were scored on, those of `judge` before the validation split."""
+    return sorted(
+        {text: 0 for run in document["runs"] for text in run["losses"]}, key=lambda text: text == "validation"
+    )
+
+
+def seconds(document: dict, run: dict, point: dict) -> float:
+    """Training time up to a point of a curve: by the speeds that were measured side by side, else by the run's own clock."""
+    reference = document["speeds"].get(document["reference"], {}).get("training")
+    speed = document["speeds"].get(run["arm"], {}).get("training")
+    if not (reference and speed):
+        return point["seconds"]
+    return point["tokens"] / (reference["tokens_per_s"] * speed["ratio"])
+
+
+def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
+    """The training time that every run reached, and the validation loss there, between the two evaluations next to it."""
+    curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in document["runs"]]
+    shortest = min(times[-1] for _, times in curves)
+    found = {id(run): np.interp(shortest, times, [p["causal"] for p in run["curve"]]) for run, times in curves}
+    return shortest, per_run(document, lambda run: float(found[id(run)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def columns(first: str, arms: list[str], cells: dict[str, dict[str, str]]) -> list[list[str]]:
+    """Rows of a table with one line an arm; a column in which no arm has anything is left out."""
+    shown = {head: column for head, column in cells.items() if set(column.values()) - {NONE}}
+    return [[first, *shown], *([arm, *(column[arm] for column in shown.values())] for arm in arms)]
+
+
+def loss_table(document: dict) -> list[list[str]]:
+    reference, cells = document["reference"], {}
+    validation = losses(document, "validation", "causal")
+    cells["seeds"] = {arm: str(len(of_arm)) for arm, of_arm in validation.items()}
+
+    def add(head, values):
+        cells[head] = {arm: spread(of_arm.values()) for arm, of_arm in values.items()}
+        against = values.get(reference, {})
+        cells[f"{head}: − {reference}"] = {arm: difference(of_arm, against) for arm, of_arm in values.items()}
+
+    for text in texts(document):
+        add(f"{text}, causal", losses(document, text, "causal"))
+        topk = losses(document, text, "topk")
+        cells[f"{text}, top-k"] = {arm: spread(of_arm.values()) for arm, of_arm in topk.items()}
+    if document["axis"] == "training":
+        time, values = at_equal_time(document)
+        add(f"validation at {time:,.0f} s", values)
+    return columns("loss", list(validation), cells)
+
+
+def cost_table(document: dict) -> list[list[str]]:
+    """What the arms cost: FLOPs, memory and measured speeds, of all but the reference as shares of its own."""
+    reference, cells = document["reference"], {}
+
+    def add(head, value):
+        means = {arm: list(of_arm.values()) for arm, of_arm in per_run(document, value).items()}
+        means = {arm: statistics.fmean(values) if values else math.nan for arm, values in means.items()}
+        base = means.get(reference, math.nan)
+        cells[head] = {arm: NONE if math.isnan(mean) else si(mean) for arm, mean in means.items()}
+        for arm, mean in means.items():
+            if arm != reference and not math.isnan(mean + base):
+                cells[head][arm] += f" ({mean / base:.2f}×)"
+
+    add("training, FLOPs", lambda run: run["flops"])
+    add("… a token", lambda run: run["flops"] / run["tokens"])
+    add("inference, FLOPs a token", lambda run: run["costs"].get("flops_per_token"))
+    add("KV cache, bytes a token", lambda run: run["costs"].get("kv_bytes"))
+    arms = list(cells["training, FLOPs"])
+    for measure, head in SPEEDS.items():
+        speeds = {arm: document["speeds"].get(arm, {}).get(measure) for arm in arms}
+        cells[f"{head}, tokens/s"] = {arm: NONE for arm in arms}
+        for arm, speed in speeds.items():
+            if speed:  # rates of different times are no comparison: of the others the ratio alone
+                rate = f"{speed['tokens_per_s']:,.0f}" if arm == reference else f"{speed['ratio']:.2f}×"
+                cells[f"{head}, tokens/s"][arm] = rate
+    return columns("cost", arms, cells)
+
+
+def report(document: dict, results: str, picture_path: str):
+    """Prints the tables; writes the document to `results`, a run a line, the tables beside it as .md, and the picture."""
+    runs = ",\n ".join(json.dumps(run) for run in document["runs"])
+    head = json.dumps(document | {"runs": []})
+    write_whole(results, head.replace('"runs": []', f'"runs": [\n {runs}\n]') + "\n")
+    save_figure(picture(document), picture_path)
+    tables = loss_table(document), cost_table(document)
+    notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
+paired by seed, with their 95 % Student interval, each by itself; n.s.: the interval holds zero.
+
+FLOPs at inference are of the tokens that causal routing selects on validation text; speeds were taken in turns with those of
+{document["reference"]}: {document["processor"]}, {document["threads"]} threads, torch {document["torch"]}."""
+    parts = ["\n".join(markdown_table(table)) for table in tables]
+    parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
+    write_whole(os.path.splitext(results)[0] + ".md", "\n\n".join(parts))
+    for table in tables:
+        print_table(table)
+        print()
+    print(notes, results, picture_path, sep="\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def picture(document: dict):
+    """Loss under causal routing, one mark a run: over training FLOPs and time, or over measured speeds of inference."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        if document["axis"] == "training":
+            fig = Figure(figsize=(12, 4.6), layout="constrained")
+            draw_training(fig, document)
+        else:
+            fig = Figure(figsize=(12, 8), layout="constrained")
+            draw_inference(fig, document)
+    return fig
+
+
+def looks(document: dict) -> dict[str, dict]:
+    """{arm: how its marks look}: colours come round, then with another mark."""
+    arms = list(dict.fromkeys(run["arm"] for run in document["runs"]))
+    return {
+        arm: {"color": colour, "marker": list(MARKS)[n // len(COLOURS) % len(MARKS)]}
+        for n, (arm, colour) in enumerate(zip(arms, colours(arms), strict=True))
+    }
+
+
+def draw_training(fig, document: dict):
+    """The validation curve of every run, its end marked; beside them the means of an arm's final losses and times."""
+    look_of, final = looks(document), losses(document, "validation", "causal")
+    times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]))
+    late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
+    margin = 0.05 * (max(late) - min(late)) + 0.005
+    flops, time = fig.subplots(1, 2, sharey=True)
+    flops.set(ylim=(min(late) - margin, max(late) + margin), xlabel="training FLOPs")
+    time.set(xlabel="measured training time in seconds")
+    for run in document["runs"]:
+        look = look_of[run["arm"]]
+        for ax, x in ((flops, lambda point: point["flops"]), (time, partial(seconds, document, run))):
+            points = [(x(point), point["causal"]) for point in run["curve"]]
+            ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.6)
+            ax.plot(*points[-1], **look, markersize=4.5, clip_on=False)
+    for ax, values, form in ((flops, final, "{:.3f}"), (time, times, "{:,.0f} s")):
+        means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in look_of}
+        ends = [
+            (statistics.fmean(final[arm].values()), f"{MARKS[look['marker']]} {arm} {means[arm]}", look["color"])
+            for arm, look in look_of.items()
+        ]
+        label_ends(ax, ends, gap=0.05)
+    fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: one line and mark a run")
+
+
+def draw_inference(fig, document: dict):
+    """Loss over each speed that was measured, relative to the reference's."""
+    text, reference = texts(document)[0], document["reference"]
+    values = losses(document, text, "causal")
+    measures = [m for m in SPEEDS if m != "training" and any(m in speed for speed in document["speeds"].values())]
+    axes = fig.subplots(2, -(-len(measures) // 2) or 1, sharey=True, squeeze=False)
+    for ax in axes.flat[len(measures) :]:
+        ax.set_axis_off()
+    for ax, measure in zip(axes.flat, measures, strict=False):
+        ax.set(title=SPEEDS[measure].capitalize(), xlabel=f"tokens/s, as a multiple of {reference}'s")
+        labels = []
+        for arm, look in looks(document).items():
+            speed, marks = document["speeds"].get(arm, {}).get(measure), list(values[arm].values())
+            if speed and marks:
+                ax.plot([speed["ratio"]] * len(marks), marks, linestyle="", **look, markersize=5)
+                labels.append((speed["ratio"], statistics.fmean(marks), arm, look["color"]))
+        if values.get(reference):
+            ax.axhline(statistics.fmean(values[reference].values()), color="#BBBBBB", linewidth=0.6, zorder=0)
+        ax.margins(0.15, 0.12)
+        label_points(ax, labels)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"nats per token of {text}, causal routing")
+
+
+def label_points(ax, points: list[tuple[float, float, str, str]]):
+    """Writes each (x, y, label, colour) beside its point, where it covers no other point and no earlier label."""
+    width, height = 0.0155, 0.05  # of a letter and of a line, as shares of the axis
+    ax.get_xlim(), ax.get_ylim()  # they are settled when asked for
+    shares = ax.transLimits.transform([(x, y) for x, y, *_ in points] or [(0, 0)])  # (points, 2)
+    taken = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in shares]
+    for (x, y), (*_, label, colour) in zip(shares, points, strict=False):
+        size, options = width * len(label), []
+        for dy in (0, 1, -1, 2, -2, 3, -3):
+            options += [(x + 0.02, y + dy * height), (x - 0.02 - size, y + dy * height)]
+        boxes = [(left, at - height / 2, left + size, at + height / 2) for left, at in options]
+
+        def cost(box):
+            hits = sum(a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken)
+            return hits + 2 * (box[0] < 0 or box[2] > 1.05 or box[1] < 0 or box[3] > 1)
+
+        best = min(boxes, key=cost)
+        taken.append(best)
+        ax.text(best[0], (best[1] + best[3]) / 2, label, color=colour, fontsize=8, va="center", transform=ax.transAxes)

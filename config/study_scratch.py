@@ -1,0 +1,49 @@
+"""Does routing pay from scratch? Ten kinds of model of the demo's size at equal FLOPs, three seeds each.
+
+    python prepare.py --input=.venv/lib --out_dir=data/packages        Python packages that are installed anyway
+    python study.py config/study_rates.py --jobs=2                     the rates below: the best of each architecture
+    python study.py config/study_scratch.py --jobs=2
+
+10^14 FLOPs a run: 4 000 steps of 2,048 tokens for dense, some 6 000 where half as many FLOPs are spent on a token.
+"""
+
+out_dir = "out/study_scratch"
+results = "docs/results/study_scratch.json"
+picture = "docs/images/study_scratch.png"
+axis = "training"
+
+configs = ["config/demo.py"]
+common = {
+    "flops": 1e14,
+    "data_dir": "data/packages",
+    "batch_size": 8,
+    "eval_interval": 250,
+    "eval_batches": 16,
+    "log_interval": 50,
+    "save_interval": 500,
+    "keep_last": 1,
+}
+judge = ["data/packages"]  # its validation split: files that no run was trained on
+judge_tokens = 100_000
+
+# lr_base and lr_prior of each architecture: the demo's, until config/study_rates.py has chosen
+_dense, _mod, _dtf, _stt = ({"lr_base": rate, "lr_prior": rate} for rate in (2e-3, 2e-3, 2e-3, 2e-3))
+_dense |= {"architecture": "dense"}
+_mod |= {"architecture": "mod"}
+_dtf |= {"architecture": "dtf"}
+_stt |= {"architecture": "stt"}
+
+arms = {
+    "dense": _dense,
+    # 9.6 MFLOPs a token in training, 3.2 at inference: what mod at capacity 0.5 takes
+    "dense_short": _dense | {"num_hidden_layers": 4, "intermediate_size": 402},
+    "mod_0.125": _mod | {"capacity": 0.125},
+    "mod_0.5": _mod | {"capacity": 0.5},
+    "dtf_0.5": _dtf | {"capacity": 0.5},
+    "stt_0.5": _stt | {"capacity": 0.5},
+    "stt_dense_output": _stt | {"capacity": 0.5, "stt_output": "dense"},
+    "random": _mod | {"capacity": 0.5, "router": "random"},
+    "positional": _mod | {"capacity": 0.5, "router": "positional"},
+}
+seeds = [1, 2, 3]
+reference = "dense"

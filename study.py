@@ -1,0 +1,423 @@
+"""A study: arms × seeds, each an ordinary run of train.py, then tables with intervals and a picture.
+
+    python study.py config/study_scratch.py --jobs=2
+    python study.py config/study_scratch.py --report             of what is finished, without running anything
+
+A study that was killed, or stopped by Ctrl-C or SIGTERM, goes on where it stopped: a finished run is never repeated, and
+what was measured is kept in the run's folder. A run that fails is named with the last line of its log, the others go on;
+the exit status is then 1.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import runpy
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import comparison
+import costs
+from configurator import Count, cli, configure, problems
+from data import read_manifest
+from device import device_name
+from errors import ConfigError, UserError
+from files import write_whole
+from model import SIZES, ModelConfig, Transformer
+from parallel import say
+from publish import git_revision
+from weights import find_model
+
+ROOT = Path(__file__).parent
+OURS = ("out_dir", "seed", "resume")  # keys of train.py that a study sets itself
+# What train.py takes where a setting is not given: needed to know how many steps come to so many FLOPs.
+DEFAULTS = {"data_dir": "data/stdlib", "init_from": "scratch", "size": "demo", "max_steps": 600}
+DEFAULTS |= {"seq_len": 256, "batch_size": 8, "grad_accum_steps": 1}
+
+
+@dataclass
+class StudyConfig:
+    out_dir: str = "out/study"  # runs are in <out_dir>/<arm>-<seed>, their output in <arm>-<seed>.log
+    configs: list[str] = field(default_factory=list)  # config files of train.py that every run is built on
+    common: dict = field(default_factory=dict)  # keys of train.py of every run; flops: as many steps as come to so many
+    arms: dict[str, dict] = field(default_factory=dict)  # {name: keys of train.py}, over those of common
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # every arm is run with each
+    reference: str = "dense"  # the arm that the others are compared with
+    judge: list[str] = field(default_factory=list)  # text files, token folders: final models are scored on them too
+    judge_tokens: Count = 100_000  # of each text that are scored, at most
+    jobs: Count = 1  # runs at a time
+    threads: Count = 1  # CPU threads of each
+    speed: bool = True  # measure speeds at the end, one model an arm
+    checkpoints: bool = True  # keep the checkpoints of finished runs
+    axis: Literal["training", "inference"] = "training"  # what the picture shows losses over
+    results: str = ""  # JSON file of everything, tables beside it as .md (empty: <out_dir>/results.json)
+    picture: str = ""  # PNG file (empty: <out_dir>/study.png)
+    report: bool = False  # only report what is finished
+
+    def __post_init__(self):
+        found = problems(self)
+        if self.reference not in self.arms:
+            found.append(f"reference={self.reference!r} is not one of the arms: {', '.join(self.arms) or 'none'}")
+        for arm, keys in {"common": self.common, **self.arms}.items():
+            if not re.fullmatch(r"\w[\w.=+-]*", arm):
+                found.append(f"the arm {arm!r} cannot be a folder: letters, digits and _.=+- only")
+            if not isinstance(keys, dict):
+                found.append(f"the arm {arm} must be a dict of train.py's keys, not {keys!r}")
+            elif ours := [key for key in OURS if key in keys]:
+                found.append(f"{arm} sets {', '.join(ours)}, which study.py does itself")
+        names = [Path(text).name for text in self.judge]
+        if len({*names, "validation"}) <= len(names):
+            found.append(f"judge={','.join(self.judge)}: the last part of each name must be its own")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            found.append(f"seeds={self.seeds} must be different, and at least one")
+        if found:
+            raise ConfigError("; ".join(found))
+        self.results = self.results or f"{self.out_dir}/results.json"
+        self.picture = self.picture or f"{self.out_dir}/study.png"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be run
+
+
+@dataclass
+class Run:
+    arm: str
+    seed: int
+    folder: Path
+    command: list[str]  # without the name of Python
+    settings: dict  # DEFAULTS and every key of train.py that config files and study give, as JSON holds them
+
+    def __post_init__(self):
+        self.name, self.log = self.folder.name, self.folder.with_name(f"{self.folder.name}.log")
+        self.model = self.folder / "final_model"
+        factors = ("max_steps", "batch_size", "grad_accum_steps", "seq_len")
+        self.tokens = math.prod(self.settings[key] for key in factors)
+
+    def kept(self, name: str) -> dict:
+        """A JSON file of the run's folder, empty where it is not there."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def metrics(self, size: int | None = None) -> list[dict]:
+        """The lines of metrics.jsonl, of its last `size` bytes only; one that is cut or being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        with open(path, "rb") as f:
+            skipped = max(0, path.stat().st_size - size) if size else 0
+            f.seek(skipped)
+            return [json.loads(line) for line in f.read().split(b"\n")[bool(skipped) : -1]]
+
+
+def plan(cfg: StudyConfig) -> list[Run]:
+    """All runs: every arm with the first seed, then with the next. Raises ConfigError."""
+    base, keys_of, found = {}, {}, []
+    for path in cfg.configs:
+        base |= {name: value for name, value in read_config(path).items() if name not in OURS}
+    for arm, own in cfg.arms.items():
+        keys_of[arm] = keys = cfg.common | own
+        try:
+            if "flops" in keys:
+                keys["max_steps"] = steps_for(keys.pop("flops"), "max_steps" in keys, DEFAULTS | base | keys)
+        except UserError as e:
+            found.append(f"arm {arm}: {e}")
+    if found:
+        raise ConfigError("; ".join(found))
+    runs = []
+    for seed in cfg.seeds:
+        for arm, keys in keys_of.items():
+            folder = Path(cfg.out_dir) / f"{arm}-{seed}"
+            command = ["train.py", *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
+            command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
+            settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
+            runs.append(Run(arm, seed, folder, command, settings))
+    return runs
+
+
+def read_config(path: str) -> dict:
+    """The settings of a config file of train.py."""
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:  # noqa: BLE001, it is the user's own program
+        raise ConfigError(f"config file {path}: {type(e).__name__}: {e}") from None
+    hidden = {name for name, value in names.items() if callable(value) or isinstance(value, ModuleType)}
+    return {name: value for name, value in names.items() if name not in hidden and not name.startswith("_")}
+
+
+def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
+    """How many steps spend `flops`, within 1 %. Raises ConfigError where no number does, or what a step costs changes."""
+    unclear = [key for key in ("capacity_start", "distill_from", "lora") if settings.get(key)]
+    if unclear or steps_are_given:
+        raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
+    given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
+    if settings["init_from"] == "scratch":
+        known = SIZES.get(settings["size"], {}) | given
+        vocab_size = {} if "vocab_size" in known else {"vocab_size": read_manifest(settings["data_dir"])["vocab_size"]}
+        config = ModelConfig.preset(settings["size"], **vocab_size | given)
+    else:
+        parent = json.loads((Path(find_model(settings["init_from"])) / "config.json").read_text())
+        config = ModelConfig.from_dict(parent, **given)
+    with torch.device("meta"):
+        per_token = Transformer(config).flops_per_token(settings["seq_len"], training=True)
+    step = per_token * settings["batch_size"] * settings["grad_accum_steps"] * settings["seq_len"]
+    steps = round(flops / step)
+    if abs(steps * step / flops - 1) > 0.01:
+        raise ConfigError(f"flops={flops:g} are {flops / step:.2f} steps: no whole number comes within 1 %")
+    return steps
+
+
+def refuse_changed(cfg: StudyConfig, runs: list[Run]):
+    """Raises ConfigError for runs that were begun with other settings than the study now gives them."""
+    changed = []
+    for run in runs:
+        foreign = run.model.exists()  # unless the study says that it is its own
+        before = run.kept("study.json").get("settings", {} if foreign else run.settings)
+        keys = [key for key in before | run.settings if before.get(key) != run.settings.get(key)]
+        if keys:
+            what = ", ".join(f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys)
+            changed.append(f"{run.name}: {what}")
+    if changed:
+        cure = "set them back, remove these folders, or name another --out_dir"
+        raise ConfigError(f"{cfg.out_dir} holds runs with other settings: {'; '.join(changed)}; {cure}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+class Children:
+    """The programs that are running; a signal to the study is handed on to them, and nothing new is begun."""
+
+    def __init__(self, threads: int):
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.running: dict[str, subprocess.Popen] = {}
+        self.signal = 0
+        self.handlers = {s: signal.signal(s, self.hand_on) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def hand_on(self, number, frame):
+        self.signal = number
+        for child in list(self.running.values()):
+            child.send_signal(number)
+
+    def call(self, name: str, command: list[str], log):
+        """Runs a program of the project to its end, its output in the open file `log`."""
+        if self.signal:
+            return
+        script, *arguments = command
+        child = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments], stdout=log, stderr=log, env=self.environment
+        )
+        self.running[name] = child
+        if self.signal:  # it came between the two
+            child.send_signal(self.signal)
+        child.wait()
+        del self.running[name]
+
+    def alone(self, log) -> bool:
+        """Waits until nothing writes to `log`: what a killed study had begun holds its lock, and runs on to its end."""
+        while not self.signal:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.5)
+        return False
+
+    def release_signals(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def unjudged(cfg: StudyConfig, run: Run) -> list[str]:
+    """The texts on which a run's final model is not scored yet."""
+    judged = run.kept("judge.json")
+    return [text for text in cfg.judge if judged.get(text, {}).get("limit") != cfg.judge_tokens]
+
+
+def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
+    """Trains and judges what is still to be done of a run. Returns what went wrong, the last line of its log."""
+    if children.signal:
+        return None
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "a+") as log:
+        if not children.alone(log):
+            return None
+        if not run.model.exists():
+            revisions = dict.fromkeys([*run.kept("study.json").get("git", []), git_revision()])
+            document = {"settings": run.settings, "command": run.command, "git": list(revisions)}
+            write_whole(run.folder / "study.json", document)
+            children.call(run.name, run.command, log)
+        if run.model.exists():
+            for text in unjudged(cfg, run):
+                judge(cfg, run, text, children, log)
+            for step in [] if cfg.checkpoints else run.folder.glob("step_*"):
+                shutil.rmtree(step)
+        if children.signal or (run.model.exists() and not unjudged(cfg, run)):
+            return None
+        log.seek(0)
+        return next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "it said nothing")
+
+
+def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
+    """Scores a final model on a text under both routings, by bench.py; its losses go to judge.json."""
+    seq_len, found = run.settings["seq_len"], run.folder / "bench.json"
+    found.unlink(missing_ok=True)
+    windows = max(
+        1, cfg.judge_tokens // max(1, seq_len // 2) - 1
+    )  # each is asked for its second half, the first for all
+    keys = {"tasks": "perplexity", "model_path": run.model, "text": text, "output_path": found, "limit": windows}
+    keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.settings.get("device", "auto"), "dtype": "float32"}
+    children.call(run.name, ["bench.py", *(f"--{key}={value}" for key, value in keys.items())], log)
+    if not found.exists():
+        return
+    rows, losses = json.loads(found.read_text())["perplexity"], {}
+    for routing in {row["routing"] for row in rows}:  # a folder has a row for each source
+        mine = [row for row in rows if row["routing"] == routing]
+        losses[routing] = sum(row["loss"] * row["tokens"] for row in mine) / sum(row["tokens"] for row in mine)
+    losses = {"topk": losses["causal"], "limit": cfg.judge_tokens} | losses  # dense: the two are one
+    write_whole(run.folder / "judge.json", run.kept("judge.json") | {text: losses})
+    found.unlink()
+
+
+def progress(runs: list[Run], running: list[str], jobs: int) -> str:
+    """How many runs are finished, how fast the present ones are, and the time left by the rates of the runs so far."""
+    rates, left = {}, 0.0
+    latest = {
+        run.name: next((line for line in reversed(run.metrics(9999)) if "tokens_per_s" in line), {}) for run in runs
+    }
+    for run in runs:
+        if latest[run.name]:
+            rates.setdefault(run.arm, []).append(latest[run.name]["tokens_per_s"])
+    mean = statistics.fmean(rate for of_arm in rates.values() for rate in of_arm) if rates else 0
+    for run in runs:
+        if not run.model.exists() and rates:
+            rate = latest[run.name].get("tokens_per_s") or statistics.fmean(rates.get(run.arm, [mean]))
+            left += (run.tokens - latest[run.name].get("tokens", 0)) / rate
+    now = ", ".join(
+        f"{name} step {latest[name].get('step', 0)} at {latest[name].get('tokens_per_s', 0):,.0f} tokens/s"
+        for name in running
+    )
+    done = f"{sum(run.model.exists() for run in runs)} of {len(runs)} runs"
+    return f"{done}; {now}; {tqdm.format_interval(left / jobs) if rates else '?'} left"
+
+
+def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
+    """Brings every run to its end, `jobs` at a time: {run that failed: why}. Exits where the study is stopped."""
+    failed, said, terminal = {}, time.monotonic(), sys.stderr.isatty()
+    waiting = [run for run in runs if not run.model.exists() or unjudged(cfg, run)]
+    children = Children(cfg.threads)
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        futures = {pool.submit(complete, cfg, run, children): run for run in waiting}
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=2, return_when="FIRST_COMPLETED")
+            for future in done:
+                if why := future.result():
+                    failed[futures[future].name] = why
+                    say(f"{futures[future].name} failed, see {futures[future].log}: {why}")
+            if (done and not children.signal) or terminal or time.monotonic() > said + 60:
+                said, line = time.monotonic(), progress(runs, list(children.running), cfg.jobs)
+                print(f"\r\x1b[K{line[:150]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
+    if terminal:
+        print(file=sys.stderr)
+    children.release_signals()
+    if children.signal:
+        say(f"{signal.Signals(children.signal).name}: stopped and saved; the same command goes on")
+        sys.exit(128 + children.signal)
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring, when nothing runs any more
+
+
+def measure(cfg: StudyConfig, finished: list[Run]):
+    """Everything that is not measured yet: costs of every run, speeds of the first run of an arm."""
+    torch.set_num_threads(cfg.threads)
+    for run in finished:
+        if not run.kept("costs.json"):
+            write_whole(run.folder / "costs.json", costs.of_inference(run.model, run.settings))
+    first = {run.arm: run for run in reversed(finished)}
+    for run in first.values() if cfg.speed and cfg.reference in first else ():
+        reference, kept = first[cfg.reference], run.kept("speed.json")
+        about = {"reference": reference.name, "threads": cfg.threads}
+        if about | {"speeds": None} != kept | {"speeds": None}:
+            say(f"speed of {run.name}")
+            found = costs.speeds((reference.model, reference.settings), (run.model, run.settings))
+            write_whole(run.folder / "speed.json", about | {"speeds": found})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def record(cfg: StudyConfig, run: Run) -> dict:
+    """What the results keep of a finished run; see comparison.py."""
+    curve, seconds, tokens = [], 0.0, 0
+    for line in run.metrics():
+        if "tokens_per_s" in line:  # of the steps since the last such line
+            seconds, tokens = seconds + (line["tokens"] - tokens) / line["tokens_per_s"], line["tokens"]
+        if "val/loss" in line:
+            point = {"tokens": line["tokens"], "flops": line["flops"], "seconds": round(seconds, 3)}
+            curve.append(point | {"topk": line["val/loss"], "causal": line["val/loss_causal"]})
+    losses = {"validation": {routing: curve[-1][routing] for routing in ("causal", "topk")}}
+    judged = run.kept("judge.json")
+    losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
+    about, last = run.kept("study.json"), curve[-1]
+    document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
+    document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
+    return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
+
+
+def processor(run: Run) -> str:
+    device, _ = costs.device_of(run.settings)
+    if device.type == "cuda":
+        return device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
+    """All results, as comparison.py describes them."""
+    document = {"reference": cfg.reference, "axis": cfg.axis, "threads": cfg.threads, "judge_tokens": cfg.judge_tokens}
+    document |= {"processor": processor(finished[0]), "torch": torch.__version__}
+    document["speeds"] = {run.arm: run.kept("speed.json").get("speeds", {}) for run in reversed(finished)}
+    return document | {"runs": [record(cfg, run) for run in finished]}
+
+
+def main(argv: list[str]):
+    (settings,) = configure(__doc__, argv, StudyConfig)
+    cfg = StudyConfig(**settings)
+    runs = plan(cfg)
+    refuse_changed(cfg, runs)
+    failed = {} if cfg.report else execute(cfg, runs)
+    finished = [run for run in runs if run.model.exists()]
+    if not cfg.report:
+        measure(cfg, finished)
+    if finished:
+        comparison.report(document_of(cfg, finished), cfg.results, cfg.picture)
+    for name, why in failed.items():
+        say(f"{name} failed: {why}")
+    if failed or not finished:
+        say(f"{len(finished)} of {len(runs)} runs are finished")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,214 @@
+"""study.py on toy data: one study that is killed, goes on, has an arm that fails, and is reported; the statistics."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import toy_data
+from tokenizers import Tokenizer, models
+
+import comparison
+import study
+import train
+from errors import ConfigError
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+RUN = {"seq_len": 32, "batch_size": 4, "log_interval": 10, "save_interval": 20, "num_key_value_heads": 1}
+RUN |= {"eval_interval": 20, "eval_batches": 2, "device": "cpu", "flops": 1.5e9, "min_lr_ratio": 0.1}
+CONFIG = """
+out_dir, configs, results, picture = {folder!r} + "/runs", [{folder!r} + "/base.py"], {folder!r} + "/r.json", {folder!r} + "/p.png"
+common = {common}
+arms = {{"dense": {{}}, "half": {{"architecture": "dtf"}}, "broken": {{"lr_base": "no number"}}}}
+seeds, judge, judge_tokens, jobs = [1, 2], [{folder!r} + "/data"], 320, 2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    vocabulary = {f"t{n}": n for n in range(1, 64)} | {"<|endoftext|>": 0}
+    data = toy_data(folder / "data")
+    Tokenizer(models.WordLevel(vocabulary, unk_token="t1")).save(str(data / "tokenizer.json"))
+    (folder / "base.py").write_text(f"data_dir = {str(data)!r}\nlr_base = 1e-2\nmax_steps = 3\n")
+    (folder / "study.py").write_text(CONFIG.format(folder=str(folder), common=RUN | SHAPE))
+    return folder
+
+
+def run(folder, *argv) -> int:
+    """The exit status of study.py, in this process."""
+    try:
+        study.main([str(folder / "study.py"), *argv])
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def stop_when(child, condition, number):
+    until = time.monotonic() + 40
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition() and child.poll() is None
+    child.send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """A study that was stopped by SIGTERM once a run had trained for some steps: its exit status and that run's steps."""
+    command = [sys.executable, str(ROOT / "study.py"), str(folder / "study.py"), "--jobs=1"]
+    with open(folder / "killed.log", "w") as log:
+        child = subprocess.Popen(command, stderr=log, cwd=folder)
+    metrics = folder / "runs" / "dense-1" / "metrics.jsonl"
+    stop_when(child, lambda: metrics.exists() and metrics.stat().st_size > 0, signal.SIGTERM)
+    status = child.wait(30)
+    steps = [path.name for path in (folder / "runs" / "dense-1").glob("step_*")]
+    return status, steps
+
+
+@pytest.fixture(scope="module")
+def finished(folder, killed):
+    """The exit status of the same study, gone on with."""
+    return run(folder)
+
+
+def test_a_stopped_study_hands_the_signal_on_and_its_runs_are_saved(folder, killed):
+    status, steps = killed
+    assert status == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped and saved; the same command goes on" in (folder / "killed.log").read_text()
+    assert steps and not (folder / "runs" / "dense-1" / "final_model").exists()
+    assert not (folder / "runs" / "half-1.log").exists(), "nothing new is begun"
+
+
+def test_it_goes_on_and_an_arm_that_fails_does_not_keep_the_others(folder, killed, finished, capsys):
+    assert finished == 1
+    for name in ("dense-1", "dense-2", "half-1", "half-2"):
+        assert (folder / "runs" / name / "final_model" / "config.json").exists()
+    assert "resumed from" in (folder / "runs" / "dense-1.log").read_text()
+    assert not (folder / "runs" / "broken-1" / "final_model").exists()
+
+
+def test_a_second_time_nothing_is_done_but_what_failed(folder, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*") if "broken" not in str(path)}
+    assert len(before) >= 4 * 7 and run(folder, "--seeds=1") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    error = capsys.readouterr().err
+    assert "broken-1 failed" in error and "'no number' is not float" in error
+    assert "2 of 3 runs are finished" in error and "dense-1 failed" not in error
+
+
+def test_changed_settings_are_refused_with_the_cure(folder, finished):
+    for path, old, new in ((folder / "study.py", '"dtf"', '"mod"'), (folder / "base.py", "1e-2", "2e-2")):
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        try:
+            with pytest.raises(ConfigError, match=r"half-1: \w+ was .* and is now .*remove these folders, or name"):
+                run(folder, "--report")
+        finally:
+            path.write_text(text)
+
+
+def test_flops_give_totals_within_one_percent(folder, finished):
+    assert run(folder, "--report") == 0
+    document = json.loads((folder / "r.json").read_text())
+    assert len(document["runs"]) == 4
+    for each in document["runs"]:
+        assert each["flops"] == pytest.approx(RUN["flops"], rel=0.01)
+    tokens = {each["arm"]: each["tokens"] for each in document["runs"]}
+    assert tokens["half"] > tokens["dense"]
+
+
+def test_flops_that_no_number_of_steps_spends_are_refused(folder):
+    common = str(RUN | SHAPE | {"flops": 3e7})
+    with pytest.raises(ConfigError, match=r"arm dense: flops=3e\+07 are .* steps.*; arm half: flops=3e\+07"):
+        run(folder, "--common", common)
+    with pytest.raises(ConfigError, match="flops and max_steps do not go together"):
+        run(folder, "--common", str(RUN | {"max_steps": 3}))
+
+
+def test_the_report_has_losses_costs_and_a_picture(folder, finished, capsys):
+    assert run(folder, "--report") == 0
+    printed, markdown = capsys.readouterr().out, (folder / "r.md").read_text()
+    document = json.loads((folder / "r.json").read_text())
+    of_dense = [each["losses"]["data"]["causal"] for each in document["runs"] if each["arm"] == "dense"]
+    of_half = [each["losses"]["data"]["causal"] for each in document["runs"] if each["arm"] == "half"]
+    mean, half = sum(of_dense) / 2, abs(of_dense[0] - of_dense[1]) / math.sqrt(2)
+    d = [b - a for a, b in zip(of_dense, of_half, strict=True)]
+    width = 12.7062 * abs(d[0] - d[1]) / 2  # s / √n of two numbers is half of their distance
+    ns = " n.s." if abs(d[0] + d[1]) / 2 <= width else ""
+    for cell in (f"{mean:.4f} ± {half:.4f}", f"{(d[0] + d[1]) / 2:+.4f} ± {width:.4f}{ns} ("):
+        assert cell in printed and cell in markdown
+    for head in ("data, top-k", "validation, causal", "validation at ", "training, FLOPs", "KV cache, bytes a token"):
+        assert head in printed and head in markdown
+    for measure in comparison.SPEEDS:
+        assert document["speeds"]["dense"][measure]["ratio"] == 1
+        assert document["speeds"]["half"][measure]["tokens_per_s"] > 0
+    assert (folder / "p.png").read_bytes()[1:4] == b"PNG" and "![losses](p.png)" in markdown
+    first = document["runs"][0]
+    assert first["curve"][-1]["causal"] == first["losses"]["validation"]["causal"]
+    assert first["command"].startswith("train.py ") and first["git"] and document["processor"]
+    assert 0 < first["seconds"] < 60 and first["costs"]["kv_bytes"] == 2 * 2 * 16 * 4  # 2 layers, k and v of 16 floats
+
+
+def test_a_log_that_another_process_writes_is_waited_for(folder, finished):
+    """A study that was killed by SIGKILL leaves runs behind that go on: they hold the lock of their log."""
+    with open(folder / "lock.log", "a") as log:
+        children = study.Children(1)
+        assert children.alone(log)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.2)"], stdout=log)
+    with open(folder / "lock.log", "a") as log:
+        began = time.monotonic()
+        assert children.alone(log) and child.wait(1) == 0 and time.monotonic() > began + 0.5
+    children.release_signals()
+
+
+def test_paired_intervals_are_students():
+    a, b = {1: 4.0, 2: 5.0, 3: 6.0, 4: 1.0}, {1: 3.9, 2: 4.7, 3: 5.8, 5: 9.0}
+    mean, half = comparison.paired(a, b)  # differences 0.1, 0.3, 0.2: s = 0.1, t(2) = 4.3027
+    assert mean == pytest.approx(0.2) and half == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert comparison.paired({1: 2.0}, {1: 1.5}) == (0.5, math.inf)
+    assert math.isnan(comparison.paired({1: 2.0}, {2: 1.5})[0])
+    assert comparison.difference(a, b) == "+0.2000 ± 0.2484 n.s. (+4.17%)"
+    # Student's t with 1 and 2 degrees of freedom has closed quantiles
+    p = 0.975
+    assert comparison.STUDENT[0] == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-5)
+    assert comparison.STUDENT[1] == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-4)
+    student = pytest.importorskip("scipy.stats").t
+    assert comparison.STUDENT == pytest.approx([student.ppf(p, n) for n in range(1, 21)], rel=1e-4)
+
+
+def test_what_is_not_given_is_as_in_train():
+    defaults = {name: getattr(train.TrainConfig, name) for name in study.DEFAULTS}
+    assert defaults == study.DEFAULTS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("study_*.py")), ids=lambda path: path.stem)
+def test_the_studies_that_come_along_are_sound(path):
+    (settings,) = study.configure("", [str(path)], study.StudyConfig)
+    cfg = study.StudyConfig(**settings)
+    assert f"python study.py config/{path.name}" in path.read_text() and cfg.out_dir == f"out/{path.stem}"
+    known = {f.name for schema in (train.TrainConfig, ModelConfig) for f in dataclasses.fields(schema)} | {"flops"}
+    assert {key for keys in (cfg.common, *cfg.arms.values()) for key in keys} <= known
+    assert all("architecture" in keys for keys in cfg.arms.values())  # a config file may name another
+    if "dense_short" in cfg.arms:
+        keys = {arm: {"vocab_size": 4096} | cfg.arms[arm] for arm in ("dense_short", "mod_0.5")}
+        costs = {}
+        for arm, of_arm in keys.items():
+            of_model = {key: value for key, value in of_arm.items() if hasattr(ModelConfig, key)}
+            model = Transformer(ModelConfig.preset("demo", **of_model))
+            costs[arm] = [model.flops_per_token(256, training) for training in (True, False)]
+        assert costs["dense_short"] == pytest.approx(costs["mod_0.5"], rel=0.01)
+
+
+def test_bad_studies_are_refused_at_once(folder):
+    wrong = ["--reference=half_", "--judge=a/x,b/x", "--seeds=1,1", '--arms={"a/b": {}, "c": {"seed": 1}}']
+    with pytest.raises(ConfigError) as e:
+        run(folder, *wrong)
+    for part in ("reference='half_'", "'a/b' cannot be a folder", "c sets seed", "judge=a/x,b/x", "seeds=[1, 1]"):
+        assert part in str(e.value)
