@@ -14,9 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from figures import COLOURS, STYLE, colours, label_ends, save_figure
+from figures import COLOURS, STYLE, colours, label_ends, markdown_table, print_table, save_figure, si
 from files import write_whole
-from tables import markdown_table, print_table, si
 
 # Student's t at 97.5 % for 1, 2, 3 … degrees of freedom; beyond, the last: a hair too wide.
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)

@@ -11,8 +11,7 @@ import torch
 
 from data import TokenData
 from device import pick_device
-from inference import Decoder
-from measure import cached, interleaved
+from measure import Decoder, cached, interleaved
 from model import Transformer
 
 ROUNDS = 8  # of every measurement, the first does not count
