@@ -11,7 +11,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from blocks import Precision
@@ -87,7 +87,7 @@ def shard(model, device, bf16, offload):
     # A layer's scores are views, in Notes; nobody writes to them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     options = {
-        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": dist.init_device_mesh(device.type, (world(),)),
         "ignored_params": {p for name, p in model.named_parameters() if model.is_router(name)},
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
@@ -114,11 +114,8 @@ def average_whole(model):
     """The mean over the ranks of the gradients that FSDP does not exchange, those of the routers."""
     grads = [p.grad for p in model.parameters() if p.grad is not None and not is_sharded(p)]
     if grads:
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(mean.view_as(grad))
+        mean = all_reduce(parameters_to_vector(grads)) / world()  # one exchange for all
+        vector_to_parameters(mean, grads)
 
 
 def clip_grad_norm(parameters, max_norm, device):

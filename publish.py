@@ -23,10 +23,7 @@ PART = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)  # of card.
 
 
 def reserve(repo_id):
-    """Make sure that `repo_id` can be pushed to: create it, private, unless it exists. Raises HubError.
-
-    To be called before a run: a name, a token or a network that fails is found now, not after days.
-    """
+    """Create `repo_id`, private, unless it exists: before a run, so that it fails now, not after days. Raises HubError."""
     from huggingface_hub import create_repo, get_token
 
     if not is_hub_id(repo_id):

@@ -1,6 +1,7 @@
 """The house itself, from its sources: who imports whom, and how long a function is."""
 
 import ast
+import re
 from pathlib import Path
 
 from architectures import ARCHITECTURES
@@ -37,16 +38,30 @@ def test_no_file_reaches_itself_through_its_imports():
 
 
 def test_scripts_take_no_helper_from_scripts():
-    """train.py starts bench.py at its very end, and asks it beforehand whether it knows the tasks."""
+    """train.py alone knows another: it asks bench.py whether it knows the tasks, and calls it at its very end."""
     found = {name: IMPORTS[name] & SCRIPTS for name in FILES}
     assert found.pop("train") == {"bench"}
     assert not any(found.values()), found
+    for tree in FILES.values():
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not names & SCRIPTS
+        assert not any(
+            isinstance(node, ast.Name | ast.Attribute) and "import_module" in ast.dump(node) for node in ast.walk(tree)
+        )
     of_bench = {
         node.attr
         for node in ast.walk(FILES["train"])
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bench"
     }
     assert of_bench == {"check", "main"}
+
+
+def test_heavy_libraries_are_imported_where_they_are_needed():
+    heavy = {"transformers", "datasets", "wandb", "peft", "lm_eval", "matplotlib", "huggingface_hub"}
+    for name, tree in FILES.items():
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {alias.name for node in top for alias in node.names} | {getattr(node, "module", None) for node in top}
+        assert not {str(module).partition(".")[0] for module in modules} & heavy, name
 
 
 def test_the_leaves_know_nobody():
@@ -73,11 +88,25 @@ def test_an_architectures_names_stand_in_its_own_file():
     for name, tree in FILES.items():
         if name == "architectures":
             continue
-        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-        strings |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        strings |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        words |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+        words |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        for text in strings(tree):
+            words |= set(re.findall(r"\w+", text))
         allowed = {"prior"} if name in ("blocks", "optimizer", "speed") else set()  # there the name of a rate group
-        assert {s for s in strings if isinstance(s, str)} & theirs <= allowed, name
+        assert words & theirs <= allowed, name
+
+
+def strings(tree):
+    """The string constants of a file, parts of f-strings too, but docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {
+        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
 
 
 def test_a_function_fits_on_a_screen():
