@@ -72,7 +72,7 @@ class Decision:
 
     @property
     def margin(self) -> torch.Tensor:
-        """By how much each value lies above what decides, (B, T): from 0 on the token runs."""
+        """By how much each value lies above what decides, (B, T): above 0 the token runs, of the k best from 0 on."""
         if self.cut is not None:
             return self.value - self.cut
         return self.value - self.value.masked_fill(~self.mask, torch.inf).amin(1, keepdim=True)
@@ -346,6 +346,7 @@ class RoutedBlock(Block):
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
         if cfg.router == "learned":
             self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
+        self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
         if cfg.causal_decision == "threshold":
             self.register_buffer("threshold", torch.full((), torch.nan))  # average k-th highest score of training
         if cfg.skip == "predict":
@@ -417,7 +418,7 @@ class RoutedBlock(Block):
             mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
             decision = Decision(mask, "top-k score", score, None)
         logits, mask = self.causal_logits(x, ctx, notes), decision.mask
-        chosen = notes.tokens["causal_probability"] > self.config.causal_threshold
+        chosen = logits > self.causal_cut
         notes.losses["causal"] = routers.selection_bce(logits, mask)
         notes.stats["causal_accuracy"] = (chosen == mask).float().mean()
         if self.config.causal_decision == "threshold":
@@ -439,9 +440,7 @@ class RoutedBlock(Block):
         if self.config.causal_decision == "threshold":
             decision = Decision(score > self.threshold, "average threshold", score, self.threshold)
         else:
-            threshold = self.config.causal_threshold
-            mask = notes.tokens["causal_probability"] > threshold
-            decision = Decision(mask, "causal router", logits, math.log(threshold / (1 - threshold)))
+            decision = Decision(logits > self.causal_cut, "causal router", logits, self.causal_cut)
         return self.real(decision, ctx, notes)
 
     def real(self, decision: Decision, ctx: Context, notes: Notes) -> Decision:

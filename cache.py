@@ -22,7 +22,7 @@ class LayerCache:
         self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
 
     def remember(self, name: str, value: torch.Tensor):
-        """Keeps a tensor of the newest token for the next step."""
+        """Keeps a tensor of the newest token for the next step; use what was kept before first: compiled steps write over it."""
         self.state[name] = value
 
     def reserve(self, n: int, like: torch.Tensor):

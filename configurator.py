@@ -259,12 +259,15 @@ def print_help(doc, schemas):
     printed = set()
     for schema in schemas:
         print(f"{schema.__name__}:")
-        meaning = comments_of(schema)
+        meaning, hints = comments_of(schema), typing.get_type_hints(schema)
         for field in dataclasses.fields(schema):
             if field.name not in printed:
                 no_factory = field.default_factory is dataclasses.MISSING
                 default = field.default if no_factory else field.default_factory()
-                print(f"  --{field.name}={default!r}".ljust(40) + f"  {meaning.get(field.name, '')}".rstrip())
+                text, choices = meaning.get(field.name, ""), limits(hints[field.name])
+                if choices:  # without Ranges, a hint's only limits are its choices
+                    text += f" ({choices.removeprefix('is not one of ')})"
+                print(f"  --{field.name}={default!r}".ljust(40) + f"  {text}".rstrip())
                 printed.add(field.name)
         print()
 

@@ -108,7 +108,9 @@ class Metrics:
             metrics["spikes"] = found
             for spike in found:
                 first, last = spike["sequences"]
-                say(f"spike: loss {spike['loss']} at step {spike['step']}, of sequences {first}-{last}")
+                skipped = table[spike["step"] - progress.step - 1][-1]
+                what = "skipped, not finite: the loss or gradient" if skipped else f"spike: loss {spike['loss']}"
+                say(f"{what} at step {spike['step']}, of sequences {first}-{last}")
         for *_, bad in table:
             progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
             progress.bad_steps += bool(bad)

@@ -278,7 +278,7 @@ class Transformer(Generation, nn.Module):
                     local.copy_(whole[rows] if rows else whole)
 
     def init_tensor(self, name: str, tensor: torch.Tensor):
-        """N(0, 0.02²) for matrices, ones for norms, zeros for biases, and the constants that a module names itself.
+        """N(0, 0.02²) for matrices, ones for norms and numbers, zeros for biases, and the constants a module names itself.
 
         What a block adds to the residual stream starts smaller by √(2 · layers), as in GPT-2 (Radford et al. 2019,
         section 2.3): without it, the first blocks drown the embedding (docs/LOG.md).
@@ -289,7 +289,7 @@ class Transformer(Generation, nn.Module):
             tensor.fill_(constants[last])
         elif last == "bias":
             tensor.zero_()
-        elif tensor.ndim == 1:
+        elif tensor.ndim <= 1:
             tensor.fill_(1.0)
         else:
             residual = name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
@@ -424,7 +424,7 @@ class Transformer(Generation, nn.Module):
             if weight is not None:
                 total = total + weight * loss
             elif name != "lm":
-                where = f"the Settings of {self.config.kind.__name__}"
+                where = f"the Settings of {self.config.kind.__name__}, and enter it before model.py is imported"
                 raise ModelError(f"the loss {name!r} has no weight: declare {name}_weight in {where}")
         return total
 

@@ -150,8 +150,8 @@ def train(argv) -> tuple[TrainConfig, bool]:
     stop = Stop(started + cfg.max_seconds if cfg.max_seconds else math.inf)
     if not run.resumed:
         metrics.record(run.validate())
-    first, micro_batches = progress.step * cfg.grad_accum_steps + rank(), cfg.max_steps * cfg.grad_accum_steps
-    numbers = range(first, micro_batches, world())  # of this rank's micro-batches
+    first, end = progress.step * cfg.grad_accum_steps + rank(), cfg.max_steps * cfg.grad_accum_steps
+    numbers = range(first, end, world())  # of this rank's micro-batches
     stream = batches(run.data, (n * cfg.batch_size for n in numbers), cfg.batch_size, run.device)
     metrics.start_clock()
 
@@ -162,7 +162,7 @@ def train(argv) -> tuple[TrainConfig, bool]:
         model.schedule(progress.step / cfg.max_steps)
 
         # -- forward and backward
-        values, thresholds = 0.0, [buffer.clone() for buffer in model.buffers()]
+        values, buffers_before = 0.0, [buffer.clone() for buffer in model.buffers()]  # average thresholds
         for micro_step in range(run.micro_steps):
             x, y = metrics.wait(stream)  # (B, T) each
             run.exchange_gradients(micro_step == run.micro_steps - 1)
@@ -176,9 +176,9 @@ def train(argv) -> tuple[TrainConfig, bool]:
 
         # -- update, unless the loss or the gradient is not finite: then, on all ranks, nothing changes
         bad = all_reduce(1 - torch.isfinite(values[0] + grad_norm).float(), dist.ReduceOp.MAX)
-        for buffer, earlier in zip(model.buffers(), thresholds, strict=True):  # each rank's own until here
+        for buffer, before in zip(model.buffers(), buffers_before, strict=True):  # each rank's own until here
             average = all_reduce(buffer.clone()) / world()
-            buffer.copy_(torch.where(bad.to(buffer.device) > 0, earlier, average))
+            buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, average))
         step_unless(bad, optimizer)
         optimizer.zero_grad(set_to_none=True)
         run.say_compiled(grad_norm)
@@ -362,6 +362,9 @@ class Run:
         progress.step, progress.flops, progress.best_val_loss = saved["step"], saved["flops"], saved["best_val_loss"]
         progress.bad_in_a_row, progress.bad_steps = saved["bad"]
         progress.recent.extend(saved["recent"])
+        used, now = saved.get("optimizer", "AdamW"), type(self.optimizer).__name__
+        if used != now:
+            raise ConfigError(f"{self.resumed} was made with {used}, not with {now}: start with another --out_dir")
         checkpoint.load_optimizer(self.resumed, self.model, self.optimizer)
         ranks = torch.load(self.resumed / "ranks.pt", map_location="cpu", weights_only=True)
         if len(ranks) == world():
@@ -476,6 +479,7 @@ class Run:
             "wandb_id": self.wandb_id,
             "world_size": world(),
             "torch": torch.__version__,
+            "optimizer": type(self.optimizer).__name__,
             "config": {"train": asdict(cfg), "model": self.model_config},
             "about": dict(self.about),
         }

@@ -257,7 +257,9 @@ def test_every_script_takes_it(trained, folder):
     layers = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["layers"]
     assert [layer["index"] for layer in layers] == [1, 3]
     for layer in layers:
-        pairs = [pair for pair in zip(layer["margin"], layer["mask"], strict=True) if pair[0]]  # 0: too small for the page
+        pairs = [
+            pair for pair in zip(layer["margin"], layer["mask"], strict=True) if pair[0]
+        ]  # 0: too small for the page
         assert len(pairs) > 50 and all((margin > 0) == (entered == "1") for margin, entered in pairs)
     for picture in ("map.png", "report/routing.png", "report/routed_tokens.png", "report/curves.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG"), picture
