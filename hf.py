@@ -27,7 +27,6 @@ class NanoDTFConfig(PretrainedConfig):
     """What config.json holds, as attributes; ModelConfig makes sense of them."""
 
     model_type = "nanodtf"
-    rope_parameters: dict | None = None  # where transformers moves rope_theta and rope_scaling
 
 
 class GenerationCache(Cache):

@@ -176,7 +176,9 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         choose their code, say so, and `family` is what our `model_type` is.
         """
         theirs = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False} | asdict(self)
-        if self.routed_layers:
+        if self.routed_layers:  # rope_parameters: where transformers now looks for the two, whatever the model_type
+            scaling = theirs.pop("rope_scaling") or {"rope_type": "default"}
+            theirs["rope_parameters"] = scaling | {"rope_theta": theirs.pop("rope_theta")}
             return theirs | {"architectures": ["NanoDTFForCausalLM"], "model_type": ROUTED, "family": self.model_type}
         return theirs | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"]}
 
@@ -204,7 +206,9 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if kind not in ("default", "llama3"):
             raise ModelError(f"RoPE scaling {scaling} is not supported, only the default RoPE and Llama 3's are")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        known["rope_scaling"] = scaling if kind == "llama3" else None
+        known["rope_scaling"] = None
+        if kind == "llama3":
+            known["rope_scaling"] = {name: value for name, value in scaling.items() if name != "rope_theta"}
         known.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
         known.setdefault("tie_word_embeddings", False)  # Qwen2Config's own default
