@@ -69,11 +69,21 @@ class NanoDTFForCausalLM(PreTrainedModel, GenerationMixin):
         return GenerationCache(self.core.config, rows, limit)
 
     def forward(
-        self, input_ids, attention_mask=None, labels=None, past_key_values=None, use_cache=None, return_dict=None
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        past_key_values=None,
+        use_cache=None,
+        return_dict=None,
+        **others,  # peft names more, None or False
     ):
         """input_ids (B, T); attention_mask (B, T): 0 for padding, on either side; labels (B, T): input_ids, −100 where
         nothing is to be predicted. Returns logits (B, T, V), with a cache those of each row's newest token, and the loss.
         """
+        others = [name for name, value in others.items() if value is not None and value is not False]
+        if others:
+            raise ModelError(f"{', '.join(others)}: not supported by a routed model")
         if use_cache and past_key_values is None:
             raise ModelError("use_cache=True needs a cache: past_key_values=model.new_cache(rows, tokens), or generate")
         training = self.training and labels is not None

@@ -45,6 +45,7 @@ def opening(folder, ids, mask):
     found["float32"] = {name for name, tensor in small.state_dict().items() if tensor.dtype == torch.float32}
     assert "without holes" in message(model, ids, attention_mask=1 - (mask & right))
     assert "use_cache" in message(model, ids, use_cache=True)
+    assert "position_ids: not supported" in message(model, ids, position_ids=ids)
     return model, found
 
 
