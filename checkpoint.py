@@ -343,7 +343,7 @@ def rewind(out_dir, step, complete):
 
 
 def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
-    """The model directory of a checkpoint: weights, config, tokenizer, the ids that end a text, and a card.
+    """The model directory of a checkpoint: weights, config, tokenizer, the ids that end a text, a card, a routed one's code.
 
     model: written instead of the checkpoint's own weights. shard_size: bytes of a file, where the checkpoint is sharded.
     Raises CheckpointError.
@@ -359,6 +359,7 @@ def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
             for file in step_dir.iterdir():
                 if file.name not in TRAINING:
                     shutil.copyfile(file, partial / file.name)
+        publish.write_code(partial)
         if not (step_dir / "state.json").exists():  # a final_model, which says already where it comes from
             for name in ("README.md", "generation_config.json"):
                 shutil.copyfile(step_dir / name, partial / name)

@@ -17,7 +17,10 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.
 # decoding step, whose shapes come again and again.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
 
-if AVX512:
+# A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
+FIRST = not hasattr(torch.ops.nanodtf, "product")
+
+if AVX512 and FIRST:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -32,10 +35,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 # The same for the compiler, which asks of an operator that it knows that the weights be constants.
-_library = torch.library.Library("nanodtf", "DEF")
-_library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), "CPU")
-torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
+if FIRST:
+    _library = torch.library.Library("nanodtf", "DEF")
+    _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _library.impl("product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), "CPU")
+    torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
 
 
 def keep_heap():

@@ -141,11 +141,9 @@ def load(directory: str, open_base):
 
 def merge(model):
     """Makes it a plain model: adapters are added to the weights in float32 (in bfloat16 their small changes would drown)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     model.float()
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        if hasattr(layer, "get_base_layer"):  # peft's; not imported, or whoever opens a copy of this file needs it
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
     del model.peft_config, model.base_digest

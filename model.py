@@ -52,6 +52,7 @@ for _name, _size in SIZES.items():
 
 
 FAMILIES = ("qwen2", "llama", "qwen3")
+ROUTED = "nanodtf"  # the model_type of every routed model in config.json: see hf.py
 Capacity = Annotated[float, Range(0, 1, open_low=True)]
 
 
@@ -171,15 +172,21 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
     def to_dict(self) -> dict:
         """The content of config.json: the family's own config plus our fields.
 
-        `architectures` is what programs such as vLLM choose their code by: they refuse a routed model.
+        A routed model is none of its family: `model_type` and `architectures`, by which transformers, vLLM and others
+        choose their code, say so, and `family` is what our `model_type` is.
         """
-        family = self.model_type if self.architecture == "dense" else self.architecture
-        theirs = {"architectures": [f"{family.capitalize()}ForCausalLM"], "hidden_act": "silu"}
-        return theirs | {"use_sliding_window": False, "attention_bias": False} | asdict(self)
+        theirs = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False} | asdict(self)
+        if self.routed_layers:  # rope_parameters: where transformers now looks for the two, whatever the model_type
+            scaling = theirs.pop("rope_scaling") or {"rope_type": "default"}
+            theirs["rope_parameters"] = scaling | {"rope_theta": theirs.pop("rope_theta")}
+            return theirs | {"architectures": ["NanoDTFForCausalLM"], "model_type": ROUTED, "family": self.model_type}
+        return theirs | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"]}
 
     @classmethod
     def from_dict(cls, config: dict, **overrides) -> "ModelConfig":
         """Reads config.json, ours or a family's own. Raises ModelError for what this code would compute wrongly."""
+        if config.get("model_type") == ROUTED:
+            config = config | {"model_type": config.get("family")}
         if config.get("model_type") not in FAMILIES:
             supported = ", ".join(map(repr, FAMILIES))
             raise ModelError(f"model_type={config.get('model_type')!r} is not supported, only {supported} are")
@@ -199,7 +206,9 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if kind not in ("default", "llama3"):
             raise ModelError(f"RoPE scaling {scaling} is not supported, only the default RoPE and Llama 3's are")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        known["rope_scaling"] = scaling if kind == "llama3" else None
+        known["rope_scaling"] = None
+        if kind == "llama3":
+            known["rope_scaling"] = {name: value for name, value in scaling.items() if name != "rope_theta"}
         known.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
         known.setdefault("tie_word_embeddings", False)  # Qwen2Config's own default

@@ -1,9 +1,12 @@
-"""What a model takes along when it leaves: a card, the ids that generation stops at, and the way to the Hugging Face hub.
+"""What a model takes along when it leaves: a card, the ids that generation stops at, its code where it is routed, and the
+way to the Hugging Face hub.
 
 The token comes from the environment: HF_TOKEN, or what `hf auth login` has stored. A failed upload leaves the files as
 they are, and `hf upload` tries again.
 """
 
+import ast
+import inspect
 import json
 import re
 import shlex
@@ -15,7 +18,9 @@ from string import Template
 
 import torch
 
+import lora
 from errors import HubError, first_line
+from files import write_whole
 from metrics import perplexity
 from model import ModelConfig, Transformer
 
@@ -93,14 +98,14 @@ def card(config, state):
     """The model card: card.md, filled. Names that came from outside reach its YAML head as hub ids only."""
     about, run, losses = state["about"], state["config"]["train"], state["about"]["validation"]
     cfg = ModelConfig.from_dict(config)
-    kind = "dense" if cfg.architecture == "dense" else "routed"
+    kind = "routed" if cfg.routed_layers else "dense"
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     # parts of the other kind go before anything is filled in: a name from outside cannot end a part
     template = PART.sub(lambda part: part[2] if part[1] == kind else "", template)
     with torch.device("meta"):
         model = Transformer(cfg)
     values = asdict(cfg) | {
-        "head": head(cfg.architecture, kind, about),
+        "head": head(cfg.architecture, about),
         "description": cfg.kind.description,
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "vocab_size": f"{cfg.vocab_size:,}",
@@ -126,13 +131,71 @@ def card(config, state):
     return Template(template).substitute(values)
 
 
-def head(architecture, kind, about):
+# ---------------------------------------------------------------------------------------------------------------------
+# The code of a routed model
+
+
+def write_code(directory):
+    """Lay hf.py and all that it imports beside a routed model's weights, where transformers looks for them.
+
+    Not beside adapters: without their base there is no model to open.
+    """
+    directory = Path(directory)
+    config = json.loads((directory / "config.json").read_text())
+    cfg = ModelConfig.from_dict(config)
+    if not cfg.routed_layers or lora.is_adapter(directory):
+        return
+    try:
+        sources = code_of(Path(inspect.getfile(cfg.kind)))
+    except (TypeError, OSError):  # an architecture that is in no file, but in a notebook
+        return
+    for name, source in sources.items():
+        origin = f"# {name}.py of nanoDTF, revision {git_revision() or 'unknown'}, MIT licence: a copy, change it there"
+        write_whole(directory / f"{name}.py", f"{origin}\n{source}")
+    classes = {"AutoConfig": "hf.NanoDTFConfig", "AutoModelForCausalLM": "hf.NanoDTFForCausalLM"}
+    write_whole(directory / "config.json", config | {"auto_map": classes})
+
+
+def code_of(architecture):
+    """{name: source} of hf.py, of the file that an architecture's class is in, and of all that they import of ours."""
+    folders = architecture.parent, Path(__file__).parent
+    files = {path.stem: path for folder in folders for path in folder.glob("*.py")}
+    names, sources = ["hf", architecture.stem], {}
+    for name in names:
+        sources[name], imported = as_package(files[name].read_text(encoding="utf-8"), files)
+        names += [other for other in imported if other not in names]
+    if "architectures" != architecture.stem:  # a file that enters its own class in the table
+        sources["architectures"] += f"\nfrom .{architecture.stem} import __name__ as _  # noqa: E402, F401\n"
+    return sources
+
+
+def as_package(source, ours):
+    """(`source` with its imports of the files in `ours` made relative, the names of these). Lines stay where they are.
+
+    transformers copies the files that lines like `from .x import y` name, and overlooks `from . import x`.
+    """
+    lines, found = source.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module in ours:
+            name = node.module
+            old, new = f"from {name} import", f"from .{name} import"
+        elif isinstance(node, ast.Import) and node.names[0].name in ours:
+            name = node.names[0].name
+            old, new = f"import {name}", f"from .{name} import __name__ as _; from . import {name}"
+        else:
+            continue
+        found.append(name)
+        lines[node.lineno - 1] = lines[node.lineno - 1].replace(old, new, 1)
+    return "".join(lines), found
+
+
+def head(architecture, about):
     """The card's YAML."""
     from huggingface_hub import ModelCardData
 
     origins = {source["from"].get("id") for source in about["sources"].values()}
     return ModelCardData(
-        library_name="transformers" if kind == "dense" else "nanodtf",
+        library_name="transformers",
         pipeline_tag="text-generation",
         base_model=about["base_model"],
         datasets=sorted(id for id in origins if id and is_hub_id(id)) or None,

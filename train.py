@@ -12,7 +12,6 @@ and, after the last step, final_model/.
 """
 
 import filecmp
-import json
 import math
 import os
 import signal
@@ -525,7 +524,7 @@ def go_on(saved, train_set, model_set):
         earlier = TrainConfig(**saved["config"]["train"])
         cfg = TrainConfig(**saved["config"]["train"] | train_set)
         model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
-        step, earlier_model = saved["step"], saved["config"]["model"]
+        step, earlier_model = saved["step"], asdict(ModelConfig.from_dict(saved["config"]["model"]))
         for youngest in ("bad", "recent", "about"):
             saved[youngest]
     except (KeyError, TypeError) as e:
@@ -533,8 +532,7 @@ def go_on(saved, train_set, model_set):
     changed = [(name, getattr(earlier, name), getattr(cfg, name)) for name in FIXED]
     sequences = [c.batch_size * c.grad_accum_steps for c in (earlier, cfg)]
     changed.append(("batch_size · grad_accum_steps", *sequences))
-    model_now = json.loads(json.dumps(model_cfg.to_dict()))  # as it was read: lists, not tuples
-    changed += [(name, earlier_model[name], model_now[name]) for name in model_set]
+    changed += [(name, earlier_model[name], getattr(model_cfg, name)) for name in model_set]
     listed = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changed if old != new)
     if listed:
         cure = "drop these keys, or start with another --out_dir"

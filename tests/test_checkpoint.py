@@ -6,11 +6,14 @@ import resource
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import architectures
 import checkpoint
+import publish
 from errors import CheckpointError
 from model import ModelConfig, Transformer
 
@@ -206,7 +209,8 @@ def test_export(tmp_path, trained, monkeypatch, capsys):
     path, out = save(tmp_path, 5, trained), tmp_path / "out"
     assert script(monkeypatch, capsys, "export", path, out)[0] == 0
     model_files = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
-    assert names(out) == model_files
+    code = [f"{name}.py" for name in publish.code_of(Path(architectures.__file__))]
+    assert "hf.py" in code and names(out) == sorted(model_files + code)
     ids = torch.arange(8)[None]
     model = trained[0].eval()
     with torch.no_grad():

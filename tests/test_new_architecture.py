@@ -26,6 +26,18 @@ for script, arguments in json.loads(sys.argv[1]):
     print("===", script, flush=True)
     importlib.import_module(script).main(arguments)
 """
+OUTSIDE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.arange(30)[None]).logits, sys.argv[2])
+"""
+OURS = """
+import sys, torch, new_architecture
+from model import Transformer
+model, ids = Transformer.from_pretrained(sys.argv[1]), torch.arange(30)[None]
+assert torch.equal(model(ids, routing="causal").logits, torch.load(sys.argv[2]))
+"""
 RANKS = """
 import json, os, sys
 import new_architecture, train
@@ -224,6 +236,18 @@ def test_a_resumed_run_and_many_ranks_are_the_same_run(trained, folder, keys):
         assert len(list(step.glob("shard-*.safetensors"))) == (2 if kind == "fsdp" else 0)
         for one, other in zip(losses(trained), losses(folder / kind), strict=True):
             assert other == pytest.approx(one, rel=1e-4, abs=1e-6), kind
+
+
+def test_its_code_travels_with_its_weights(trained, tmp_path):
+    """transformers opens it where neither the project nor the new file is to be found."""
+    files, logits = trained / "final_model", tmp_path / "logits.pt"
+    env = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    command, how = [sys.executable, "-P", "-c", OUTSIDE, files, logits], {"capture_output": True, "text": True}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    assert (files / "new_architecture.py").exists()
+    run([sys.executable, "-c", OURS, str(files), str(logits)], cwd=ROOT)
 
 
 @pytest.mark.skipif(not os.environ.get("COMPILE"), reason="COMPILE=1: a minute on two cores")

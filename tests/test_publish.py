@@ -16,6 +16,7 @@ from helpers import ARCHITECTURES, random_ids, relative_error, small_model
 from hub import publish_mixture, serve
 from test_train import script as train_script  # in this process
 
+import architectures
 import publish
 from model import Transformer
 from tokenizer import train_tokenizer
@@ -88,7 +89,8 @@ def test_mixture_to_hub_and_back(hub, trained):
     assert asked.get("visibility") == "private" or asked.get("private") is True
     final = folder / "out/final_model"
     files = "README.md config.json generation_config.json model.safetensors tokenizer.json"
-    assert sorted(path.name for path in final.iterdir()) == files.split()
+    files += " " + " ".join(f"{name}.py" for name in publish.code_of(Path(architectures.__file__)))
+    assert sorted(path.name for path in final.iterdir()) == sorted(files.split())
     assert all((uploaded / name).read_bytes() == (final / name).read_bytes() for name in files.split())
 
     # from the saved step, in shards this time, over what is there; and the models of both kinds of file
@@ -101,9 +103,30 @@ checkpoint.main(["export", *sys.argv[1:3], "--push_to_hub=user/tiny-dtf"])
     step = folder / "out/step_0000002"
     done = run(hub, "-c", export, step, folder / "exported", uploaded)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in uploaded.iterdir()) == files.split()
+    assert sorted(path.name for path in uploaded.iterdir()) == sorted(files.split())
     done = run(hub, "-c", LOGITS, final, folder / "exported", step, "user/tiny-dtf", "user/tiny-dtf@main")
     assert done.returncode == 0, done.stderr
+
+
+def test_transformers_opens_what_is_on_the_hub(hub, trained, tmp_path):
+    """With the code that is there, where peft and the project are not to be found."""
+    folder, _ = trained
+    outside = """
+import sys, torch, importlib.util
+sys.modules["peft"] = None
+assert importlib.util.find_spec("model") is None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("user/tiny-dtf", trust_remote_code=True)
+torch.save(model(torch.arange(40)[None]).logits, sys.argv[1])
+"""
+    command = [sys.executable, "-P", "-c", outside, tmp_path / "logits.pt"]
+    env = os.environ | hub | {"HF_HOME": str(tmp_path / "home")}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = Transformer.from_pretrained(folder / "out/final_model")
+    expected = model(torch.arange(40)[None], routing="causal").logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
 def test_every_kind_of_checkpoint_gives_the_same_model(hub):
@@ -178,15 +201,24 @@ def head_and_body(directory):
     return yaml.safe_load(head), body
 
 
+@pytest.fixture(scope="module")
+def code_cache(tmp_path_factory):
+    """Where transformers runs the code of a routed model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_card(architecture, tmp_path):
+def test_the_card(architecture, tmp_path, code_cache):
     model = small_model(architecture)
     model.save_pretrained(tmp_path)
     publish.describe(tmp_path, state())
+    publish.write_code(tmp_path)
     head, body = head_and_body(tmp_path)
     dense = architecture == "dense"
     assert head == {
-        "library_name": "transformers" if dense else "nanodtf",
+        "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "Qwen/Qwen2.5-0.5B",
         "datasets": ["allenai/sciq"],
@@ -198,14 +230,14 @@ def test_the_card(architecture, tmp_path):
     assert (
         "| every token | 2.0000 | 7.39 |" if dense else "| causal | 2.2500 | 9.49 |"
     ) in body and "at step 7" in body
-    assert ("Not with `transformers`" in body) != dense and ("AutoTokenizer" in body) == dense
+    assert ("trust_remote_code=True" in body) != dense and ("AutoTokenizer" in body) == dense
     snippet = re.search(r"(?:^    .*\n|^\n)+", body[body.index("\n    from") :].lstrip("\n"), re.MULTILINE)[0]
     code = "\n".join(line[4:] for line in snippet.splitlines() if "tokenizer =" not in line)
-    names = {"DIRECTORY_OR_HUB_ID": str(tmp_path), "input_ids": random_ids(1, 5)}
-    exec(code, names)  # noqa: S102, what the card tells its reader to do
     ids = random_ids(1, 9)
+    names = {"DIRECTORY_OR_HUB_ID": str(tmp_path), "tokenizer": lambda text, return_tensors: {"input_ids": ids}}
+    exec(code, names)  # noqa: S102, what the card tells its reader to do
     with torch.no_grad():
-        assert relative_error(names["model"](ids).logits, model(ids).logits) <= 1e-5
+        assert relative_error(names["model"](ids).logits, model(ids, routing="causal").logits) <= 1e-5
 
 
 def test_hostile_names_stay_text(tmp_path):
@@ -261,4 +293,4 @@ def test_transformers_finds_tokenizer_and_end(tmp_path, tokenizer, monkeypatch):
 
 def test_other_programs_do_not_take_a_routed_model_for_qwen2(tmp_path):
     small_model("mod").save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ModForCausalLM"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["NanoDTFForCausalLM"]
