@@ -893,7 +893,7 @@ def test_weights_that_cannot_be_used_are_refused_by_name(data, start, tmp_path, 
     for name, config in {
         "window": {"use_sliding_window": True},
         "rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        "llama": {"model_type": "llama"},
+        "mistral": {"model_type": "mistral"},
         "shape": {"intermediate_size": 96},
     }.items():
         changed(name, **config)
@@ -915,7 +915,7 @@ def test_weights_that_cannot_be_used_are_refused_by_name(data, start, tmp_path, 
     for name, message in {
         "window": "use_sliding_window=true is not supported",
         "rope": "RoPE scaling {'rope_type': 'yarn', 'factor': 4.0} is not supported",
-        "llama": "model_type='llama' is not supported",
+        "mistral": "model_type='mistral' is not supported",
         "shape": "has shape (32, 64), (32, 96) is expected",
         "pickle": "pickled weights (pytorch_model.bin)",
         "unknown": "unknown tensor model.extra",
