@@ -389,8 +389,8 @@ class RoutedBlock(Block):
         return score
 
     def router_scale(self, x):
-        """What a product of a router with x (B, T, d) is multiplied by: 1, or one number a token (B, T, 1)."""
-        return 1.0 if self.config.router_input == "raw" else routers.inverse_rms(x, self.config.rms_norm_eps)
+        """What a product of a router with x (B, T, d) is multiplied by: None, or one number a token (B, T, 1)."""
+        return None if self.config.router_input == "raw" else routers.inverse_rms(x, self.config.rms_norm_eps)
 
     def causal_logits(self, x, ctx: Context, notes: Notes) -> torch.Tensor:
         """The causal router's logits (B, T), on a detached input: it never moves the trunk."""

@@ -172,12 +172,14 @@ def control_positions(router: str, layer: int, T: int, capacity: float) -> list[
 # Learned scores
 
 
-def float32_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x · weightᵀ in float32, under autocast too: (…, n), (m, n) → (…, m)."""
+def float32_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x · weightᵀ in float32, under autocast too: (…, n), (m, n) → (…, m). scale: (…, 1), by which it is multiplied."""
     if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a decoding step's product
-        return F.linear(x.float(), weight.float())
+        product = F.linear(x.float(), weight.float())
+        return product if scale is None else product * scale
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float())
+        product = F.linear(x.float(), weight.float())
+        return product if scale is None else product * scale
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -185,15 +187,15 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(mean_square(x) + eps)[..., None]
 
 
-def linear_score(x: torch.Tensor, weight: torch.Tensor, scale=1.0) -> torch.Tensor:
+def linear_score(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """MoD's router r_t = w·x_t (Raposo et al. 2024, section 3.4): (B, T, d), (1, d) → (B, T) float32.
 
     scale: (B, T, 1) `inverse_rms` of x where the router reads normalised input.
     """
-    return (float32_linear(x, weight) * scale).squeeze(-1)
+    return float32_linear(x, weight, scale).squeeze(-1)
 
 
-def causal_logits(x, weight, bias, previous=None, scale=1.0):
+def causal_logits(x, weight, bias, previous=None, scale=None):
     """Causal router: W [x_t ‖ x_{t−1}] + b, zeros before the first token.
 
     x: (B, T, d), weight: (1, 2d), bias: (1). The two halves of W are applied apart, so the concatenation is never
@@ -201,7 +203,7 @@ def causal_logits(x, weight, bias, previous=None, scale=1.0):
     previous: (B,) that number, or None at the start of a sequence. scale: as in `linear_score`.
     Returns (logits (B, T) float32, the number of every token (B, T) for the next call).
     """
-    of_token, for_next = (float32_linear(x, weight.view(2, -1)) * scale).unbind(-1)  # (B, T) each
+    of_token, for_next = float32_linear(x, weight.view(2, -1), scale).unbind(-1)  # (B, T) each
     of_previous = shift(for_next) if previous is None else previous[:, None]
     return of_token + of_previous + bias.float(), for_next
 
