@@ -46,9 +46,9 @@ def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], flo
     tokens, size = dict.fromkeys(model.config.routed_layers, 0), 0
     for chunk in ids.split(8):
         cache = model.new_cache(*chunk.shape)
-        stats = model(chunk.to(model.head_weight.device), routing="causal", cache=cache).stats
-        for layer in tokens:
-            tokens[layer] += stats[f"layer_{layer}/causal_capacity"].item() * chunk.numel()
+        chunk = chunk.to(model.head_weight.device)
+        for layer, mask in model(chunk, routing="causal", cache=cache, return_masks=True).masks.items():
+            tokens[layer] += int(mask.sum())
         size += cache.bytes_used()
     return {layer: ran / ids.numel() for layer, ran in tokens.items()}, size / ids.numel()
 

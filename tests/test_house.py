@@ -59,6 +59,8 @@ def test_scripts_take_no_helper_from_scripts():
 def test_heavy_libraries_are_imported_where_they_are_needed():
     heavy = {"transformers", "datasets", "wandb", "peft", "lm_eval", "matplotlib", "huggingface_hub"}
     for name, tree in FILES.items():
+        if name == "hf":  # which transformers alone imports
+            continue
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = {alias.name for node in top for alias in node.names} | {getattr(node, "module", None) for node in top}
         assert not {str(module).partition(".")[0] for module in modules} & heavy, name
