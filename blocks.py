@@ -246,14 +246,16 @@ class Block(nn.Module):
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
-    def block_flops(self, n: int, input_grad: bool = True) -> tuple[float, float]:
-        """FLOPs of the Qwen2 block on n packed tokens of a sequence: forward, backward. Attention as the full square."""
-        attention = 4 * n * n * self.attention_width
-        inner = [self.self_attn.o_proj, self.mlp]
-        outer = [self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj]
-        costs = [(attention, 2 * attention)]
-        costs += [linear_flops(module, n) for module in inner]
-        costs += [linear_flops(module, n, input_grad) for module in outer]
+    def block_flops(self, n: int, input_grad: bool = True, attending: int | None = None, seen: int | None = None):
+        """FLOPs of the Qwen2 block on n packed tokens of a sequence: (forward, backward). Attention as the full square.
+
+        attending, seen: tokens that have queries, and keys and values, where these are not the n of the MLP.
+        """
+        attending, seen = n if attending is None else attending, n if seen is None else seen
+        attention, products = self.self_attn, 4 * attending * seen * self.attention_width
+        costs = [(products, 2 * products), linear_flops(self.mlp, n), linear_flops(attention.o_proj, attending)]
+        costs.append(linear_flops(attention.q_proj, attending, input_grad))
+        costs += [linear_flops(module, seen, input_grad) for module in (attention.k_proj, attention.v_proj)]
         return add(costs)
 
     def flops(self, T: int, capacity: float, training: bool, input_grad: bool) -> tuple[float, float]:
@@ -603,20 +605,10 @@ class RoutedBlock(Block):
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
-    def part_flops(self, n: int, T: int, input_grad: bool = True) -> tuple[float, float]:
-        """FLOPs of the layer's block where its routed part runs on n of T tokens: forward, backward."""
-        attention, mlp = self.self_attn, self.mlp
-        queries, keys = [attention.q_proj], [attention.k_proj, attention.v_proj]
-        n_attended = n if self.config.routed_part == "block" else T  # tokens that attend
-        n_keys = n if self.config.compact_cache else T
-        products = 4 * n_attended * n_keys * self.attention_width
-        costs = [(products, 2 * products), linear_flops(mlp, n), linear_flops(attention.o_proj, n_attended)]
-        costs += [linear_flops(module, n_attended, input_grad) for module in queries]
-        return add(costs + [linear_flops(module, n_keys, input_grad) for module in keys])
-
     def flops(self, T, capacity, training, input_grad):
         k = routers.capacity_k(capacity, T) if capacity > 0 else 0
-        costs = [self.part_flops(k, T, input_grad)]
+        attending = k if self.config.routed_part == "block" else T
+        costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
         if self.config.router == "learned":
             costs.append(linear_flops(self.causal_router, T, input_grad=False))
         if self.config.skip == "predict":
