@@ -38,6 +38,7 @@ from errors import CheckpointError
 from files import append_lines, flush, folder_written_whole, sha256, write_whole
 from model import ModelConfig, Transformer
 from parallel import of_all, rank
+from tokenizer import TOKENIZER_FILES
 from weights import INDEX, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
@@ -138,7 +139,7 @@ def sharded_writer(partial, model, optimizer, group):
 
 
 def copy_tokenizer(tokenizer_dir, directory):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER_FILES:
         if (Path(tokenizer_dir) / name).exists():
             shutil.copyfile(Path(tokenizer_dir) / name, Path(directory) / name)
 

@@ -18,8 +18,6 @@ from files import write_whole
 from model import Transformer
 from parallel import of_all, rank, say
 from scoring import padded, progress, score, share_of_rank
-from tokenizer import EOT
-from trained import end_of_text
 
 SUITES = {  # lm-eval tasks and their few-shot examples
     "general": {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5, "truthfulqa_mc2": 0},
@@ -44,10 +42,10 @@ def lm_eval_model(model: Transformer, tokenizer, routing: str, batch_size: int):
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows
 
-    longest, end = model.config.max_position_embeddings, end_of_text(tokenizer)
+    longest = model.config.max_position_embeddings
 
     class NanoDTF(TemplateLM):
-        eot_token_id = end
+        eot_token_id, prefix_token_id = tokenizer.ends[0], tokenizer.start
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
             return tokenizer.encode(string, add_special_tokens=False).ids
@@ -80,7 +78,8 @@ def generate_all(model: Transformer, tokenizer, contexts: list, settings: list[d
     texts, bar, longest = {}, progress(len(local), "generations"), model.config.max_position_embeddings
     for key in dict.fromkeys(keys[n] for n in local):
         setting, group = normalize_gen_kwargs(json.loads(key)), [n for n in local if keys[n] == key]
-        stops, limit = handle_stop_sequences(setting["until"], eos=EOT), setting["max_gen_toks"]
+        end = tokenizer.id_to_token(tokenizer.ends[0])
+        stops, limit = handle_stop_sequences(setting["until"], eos=end), setting["max_gen_toks"]
         room = longest - limit
         if room < 1:
             raise ModelError(f"max_gen_toks={limit} leaves no room in {longest} positions")
@@ -102,15 +101,15 @@ def continue_until(model: Transformer, tokenizer, prompts: list, limit: int, sto
 
     A string cannot be seen coming, so rows are generated a PIECE at a time, and those that are done leave.
     """
-    end, device = end_of_text(tokenizer), model.head_weight.device
+    ends, device = set(tokenizer.ends), model.head_weight.device
     new, live = [[] for _ in prompts], list(range(len(prompts)))
     for done in range(0, limit, PIECE):
         ids, lengths = padded([prompts[row] + new[row] for row in live], device)
         count = min(PIECE, limit - done)
-        out = model.generate(ids, count, stop_ids=[end], lengths=lengths, pad_id=end, **sampling).tolist()
+        out = model.generate(ids, count, lengths=lengths, pad_id=tokenizer.ends[0], **sampling).tolist()
         for row, sequence, length in zip(live, out, lengths, strict=True):
             new[row] += sequence[length : length + count]
-        texts = {row: tokenizer.decode(new[row]) for row in live if end not in new[row]}
+        texts = {row: tokenizer.decode(new[row]) for row in live if not ends & {*new[row]}}
         live = [row for row, text in texts.items() if not any(stop in text for stop in stops if stop)]
         if not live:
             break

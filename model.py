@@ -28,6 +28,7 @@ from configurator import Count, Range, problems
 from errors import ModelError
 from files import write_whole
 from generation import Generation, need_compiler
+from tokenizer import ends_of_text
 
 # The sizes of `--size`: hidden, layers, heads, KV heads, intermediate; the published Qwen2.5 shapes from "0.5B" on.
 _SHAPES = {
@@ -76,6 +77,7 @@ class Shape:
     rope_scaling: dict | None = None  # Llama 3's, as its config.json has it
     rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
     tie_word_embeddings: bool = True  # the head is the embedding
+    eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
     routed_layers: list[int] | Literal["auto"] | None = (
         None  # blocks that skip tokens (unset: every second one, from 1)
@@ -146,6 +148,12 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if self.kind.below and alone and self.router == "learned":
             return [f"routed_layers={layers}: below layer {alone[0]} {self.architecture} needs one that is not routed"]
         return []
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids that end a text."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     @property
     def compact_cache(self) -> bool:
@@ -563,7 +571,7 @@ def renumbered(name: str, keep_layers: list[int]) -> str | None:
 
 
 def read_config(directory: str) -> dict:
-    """The content of config.json, of a model that this code computes rightly. Raises ModelError."""
+    """The content of config.json, of a model that this code computes rightly, with the ids that end a text. Raises ModelError."""
     path = os.path.join(directory, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -573,7 +581,7 @@ def read_config(directory: str) -> dict:
         raise ModelError(f"{path}: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a model configuration: {error}") from None
-    return stored
+    return stored | {"eos_token_id": ends_of_text(directory) or None}
 
 
 def per_layer(capacity: float | list[float], n: int) -> list[float]:

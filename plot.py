@@ -204,7 +204,7 @@ def map_of_all(models: dict, tokenizer, ids: torch.Tensor):
 def sample_lines(name: str, model, tokenizer, prompt: torch.Tensor) -> list[str]:
     """Markdown that shows how the model continues the prompt (T)."""
     torch.manual_seed(SEED)
-    ids = continuations(model, tokenizer, prompt, 120, temperature=0.8, top_k=50)[0]
+    ids = continuations(model, prompt, 120, temperature=0.8, top_k=50)[0]
     text = "".join(visible(t) if "\n" not in t else t for t in token_texts(tokenizer, ids.tolist()))
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

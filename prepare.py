@@ -39,7 +39,7 @@ from data import SPLITS, VERSION
 from errors import ConfigError, DataError, first_line
 from files import publish, sha256, write_whole
 from sources import plan, read_sources, read_unit, with_retries
-from tokenizer import EOT, make_encoder, train_tokenizer
+from tokenizer import EOT, TOKENIZER_FILES, make_encoder, start_and_ends, train_tokenizer
 
 BATCH = 1 << 20  # characters that a process encodes at a time
 SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
@@ -241,27 +241,27 @@ def encode_share(cfg, jobs, out_dir, eot, width):
 
 
 def find_tokenizer(name):
-    """(tokenizer.json, tokenizer_config.json or None) as bytes, from a folder, a file or the hub."""
+    """The path of a tokenizer.json, from a folder, a file or the hub; beside it the files that say what ends a text."""
     path = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
-    config_path = path.with_name("tokenizer_config.json")
     if not path.is_file():
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
             path = Path(hf_hub_download(str(name), "tokenizer.json"))
-            with suppress(EntryNotFoundError):  # a tokenizer needs no config
-                config_path = Path(hf_hub_download(str(name), "tokenizer_config.json"))
+            for other in (*TOKENIZER_FILES[1:], "config.json", "generation_config.json"):
+                with suppress(EntryNotFoundError):  # each may be missing
+                    hf_hub_download(str(name), other)
         except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
             missing = f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub"
             raise DataError(f"{missing}: {first_line(e)}") from None
-    return path.read_bytes(), config_path.read_bytes() if config_path.is_file() else None
+    return path
 
 
 def place_tokenizer(cfg, work, out_dir):
     """Put a tokenizer into out_dir, unless it is there: the one asked for, or one trained on a sample of the text.
 
-    Returns (number of ids, id that ends a document: of <|endoftext|>, else the tokenizer's own eos_token).
+    Returns (number of ids, id that ends a document: the first of the tokenizer's ends, see `start_and_ends`).
     """
     from tokenizers import Tokenizer
 
@@ -270,26 +270,26 @@ def place_tokenizer(cfg, work, out_dir):
     exists = path.is_file() and origin_path.is_file()
     if exists and (origin := json.loads(origin_path.read_bytes())) != asked:
         raise DataError(f"{out_dir} was prepared with {origin}, not with {asked}: set another out_dir, or delete it")
-    if exists or cfg.tokenizer:
-        spec, config = find_tokenizer(out_dir if exists else cfg.tokenizer)
-    else:
+    if not exists and not cfg.tokenizer:
         print(f"training a byte-level BPE of {cfg.vocab_size:,} tokens", flush=True)
         spec = train_tokenizer(training_sample(work, cfg.val_fraction), cfg.vocab_size)
-        config = b'{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}\n'
+        names = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": EOT, "pad_token": EOT}
+        write_json(out_dir / "tokenizer_config.json", names)
+        write_whole(path, spec, writers_differ=True)
+    found = path if exists or not cfg.tokenizer else find_tokenizer(cfg.tokenizer)
     try:
-        vocab = Tokenizer.from_buffer(spec).get_vocab()
-        eos = json.loads(config or b"{}").get("eos_token")
+        vocab = Tokenizer.from_file(str(found)).get_vocab()
     except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
         raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
-    eot = vocab.get(EOT, vocab.get(eos["content"] if isinstance(eos, dict) else eos))
-    if eot is None:
-        raise DataError(f"tokenizer {cfg.tokenizer!r} has no {EOT} and no eos_token in its config to end a document")
+    _, ends = start_and_ends(found)
     if not exists:
-        if config:
-            write_whole(out_dir / "tokenizer_config.json", config, writers_differ=True)
-        write_whole(path, spec, writers_differ=True)
+        for name in TOKENIZER_FILES[1:]:
+            if found != path and (other := found.with_name(name)).is_file():
+                write_whole(out_dir / name, other.read_bytes(), writers_differ=True)
+        write_whole(path, found.read_bytes(), writers_differ=True)
+        write_json(out_dir / "generation_config.json", {"eos_token_id": ends})
         write_json(origin_path, asked)
-    return max(vocab.values()) + 1, eot
+    return max(vocab.values()) + 1, ends[0]
 
 
 def training_sample(work, val_fraction):

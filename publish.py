@@ -87,10 +87,11 @@ def facts(init_from, manifest, argv, earlier=None):
 
 def describe(directory, state):
     """Write README.md, the card, and generation_config.json of a model directory; `state` is its step's state.json."""
-    directory, end = Path(directory), state["about"]["eot_token"]
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}  # documents are tokens, then this one
-    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    directory = Path(directory)
     config = json.loads((directory / "config.json").read_text())
+    ends = ModelConfig.from_dict(config).ends or [state["about"]["eot_token"]]
+    ids = {"eos_token_id": ends, "pad_token_id": ends[0]}
+    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     (directory / "README.md").write_text(card(config, state), encoding="utf-8")
 
 

@@ -158,7 +158,7 @@ def generate(model, tokenizer, cfg: SampleConfig) -> tuple[list[torch.Tensor], s
     prompt = encode(model, tokenizer, cfg.prompt)
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": cfg.top_p}
     start = time.perf_counter()
-    sequences = continuations(model, tokenizer, prompt, cfg.max_new_tokens, cfg.num_samples, **sampling)
+    sequences = continuations(model, prompt, cfg.max_new_tokens, cfg.num_samples, **sampling)
     seconds = time.perf_counter() - start
     new = sum(len(ids) - len(prompt) for ids in sequences)
     return sequences, f"{new} tokens in {seconds:.3f} s, {new / seconds:,.0f} tokens/s"

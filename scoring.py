@@ -25,7 +25,7 @@ from model import Transformer
 from parallel import of_all, rank, world
 from routers import valid_mask
 from tokenizer import vocabulary
-from trained import encode, end_of_text, read_text
+from trained import encode, read_text
 
 LOGITS = 1 << 25  # numbers of logits that are in memory at a time
 CALIBRATING = 32  # windows that routers are calibrated on, at most
@@ -130,12 +130,12 @@ def windows_of(ids: torch.Tensor, start: int, length: int, stride: int) -> list[
 def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     """Loss of every token given the seq_len − stride tokens before it or more, under both routings. Prints a table.
 
-    The very first token is predicted from the end-of-text token.
+    The very first token is predicted from the one that starts a text.
     """
     longest, stride = model.config.max_position_embeddings, cfg.stride or max(1, cfg.seq_len // 2)
     if cfg.seq_len > longest:
         raise ConfigError(f"seq_len={cfg.seq_len} is longer than max_position_embeddings={longest}")
-    rows, start = [], end_of_text(tokenizer)
+    rows, start = [], tokenizer.start
     table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
     for name, (ids, n_bytes) in read_texts(cfg.text, model, tokenizer).items():
         windows = windows_of(ids, start, cfg.seq_len, stride)[: cfg.limit or None]

@@ -8,9 +8,12 @@ import numpy as np
 
 from errors import DataError
 
-EOT = "<|endoftext|>"
+EOT = "<|endoftext|>"  # ends a text where the tokenizer is trained here
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # GPT-2's pattern, which `ByteLevel(use_regex=True)` stands for, and Qwen2's, which our own tokenizers get
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same behind a split of every digit, as in SmolLM2: a digit ends the white space before it, as the end of a text does
+GPT2_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -45,6 +48,48 @@ def byte_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def ends_of_text(directory):
+    """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json; empty where neither has one."""
+    for name in ("generation_config.json", "config.json"):
+        ends = json_of(Path(directory) / name).get("eos_token_id")
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
+
+
+def start_and_ends(path):
+    """(id that starts a text, ids that end one), by a tokenizer.json and the files beside it, as lm-eval's HFLM has them.
+
+    The start is the tokenizer's bos_token, else its eos_token; the ends are those of `ends_of_text`, else its eos_token. A
+    tokenizer.json that stands alone names neither: its only special token is then both. Raises DataError without any.
+    """
+    path, named = Path(path), {}
+    vocab, settings = vocabulary(path), json_of(Path(path).with_name("tokenizer_config.json"))
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        named[name] = vocab.get(token["content"] if isinstance(token, dict) else token)
+    special = [token["id"] for token in json_of(path).get("added_tokens") or [] if token["special"]]
+    if not settings and len(special) == 1:
+        named["eos_token"] = special[0]
+    ends = ends_of_text(path.parent) or [named["eos_token"]]
+    if ends == [None]:
+        cure = 'name one as "eos_token" in tokenizer_config.json, or as "eos_token_id" in generation_config.json'
+        raise DataError(f"{path}: no token of it ends a text: {cure}")
+    starts = (named["bos_token"], named["eos_token"], ends[0])
+    return next(i for i in starts if i is not None), ends
+
+
+def json_of(path):
+    """The dict of a JSON file, empty where there is none. Raises DataError for anything else."""
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: no JSON object")
+    return content
+
+
 def vocabulary(path):
     """{token: id} of a tokenizer.json, its added tokens included. Raises DataError where it is damaged."""
     try:
@@ -65,6 +110,11 @@ def tiktoken_parts(spec):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             pattern = GPT2
         case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            pattern = GPT2_DIGITS
+        case [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
@@ -76,7 +126,7 @@ def tiktoken_parts(spec):
         return None
     alphabet, added = byte_alphabet(), {token["content"] for token in spec.get("added_tokens", [])}
     tokens = {token: i for token, i in model["vocab"].items() if token not in added}
-    if any(set(token) - alphabet.keys() for token in tokens) or not alphabet.keys() <= tokens.keys():
+    if any(set(token) - alphabet.keys() for token in tokens):
         return None
     return pattern, {bytes(alphabet[c] for c in token): i for token, i in tokens.items()}
 
@@ -124,10 +174,13 @@ def make_encoder(path, kind=None):
     normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else None
     names = [re.escape(token["content"]) for token in spec.get("added_tokens", []) if not token["special"]]
     added = re.compile("|".join(names)).search if names else lambda text: None
+    unknown = bytes({*range(256)} - {token[0] for token in parts[1] if len(token) == 1})  # SmolLM2 lacks 21 bytes
 
     def fast(text):
         plain = normalize(text) if normalize and not INERT(text) else text
         if added(text) or added(plain):  # added, not special: `tokenizers` finds them in text
+            return slow(text)
+        if unknown and len(raw := plain.encode()) > len(raw.translate(None, unknown)):
             return slow(text)
         try:
             return encoding.encode_to_numpy(plain, disallowed_special=())
@@ -135,6 +188,6 @@ def make_encoder(path, kind=None):
             return slow(text)
 
     # The two have regular expressions of their own: compare them on characters of every kind
-    probe = "".join(f"{chr(i)}a {chr(i)}1\n{chr(i)}" for i in [*range(0x3100), *range(0xE000, 0x110000, 61)])
+    probe = "".join(f"{chr(i)}a {chr(i)}1\n{chr(i)}  1" for i in [*range(0x3100), *range(0xE000, 0x110000, 61)])
     same = kind or np.array_equal(fast(probe), slow(probe))
     return (fast, "tiktoken") if same else (slow, "tokenizers")

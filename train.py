@@ -548,8 +548,8 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         model = checkpoint.load_model(resumed, shard, capacity=model_cfg.capacity)
     elif cfg.init_from == "scratch":
-        vocab_size = {} if "vocab_size" in SIZES.get(cfg.size, {}) else {"vocab_size": data.vocab_size}
-        model_cfg = ModelConfig.preset(cfg.size, **vocab_size | model_set)
+        of_data = {"eos_token_id": data.manifest["eot_token"], "vocab_size": data.vocab_size}
+        model_cfg = ModelConfig.preset(cfg.size, **of_data | SIZES.get(cfg.size, {}) | model_set)
         check_fit(cfg, model_cfg, data, world())  # before memory is taken
         model = checkpoint.empty_model(model_cfg, shard)
         model.init_weights(model.state_dict())

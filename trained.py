@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import checkpoint
 from errors import ConfigError, ModelError, first_line
 from model import Transformer
-from tokenizer import EOT, byte_alphabet
+from tokenizer import byte_alphabet, start_and_ends
 from weights import find_model
 
 WINDOW = 1024  # tokens that a text is traced in at a time
@@ -29,7 +29,10 @@ def model_directory(path: str) -> str:
 
 
 def open_model(path: str, device: str = "auto"):
-    """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device`."""
+    """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device`.
+
+    The tokenizer also has a `start`, the id before a text, and `ends`, the ids behind one.
+    """
     from tokenizers import Tokenizer
 
     directory = model_directory(path)
@@ -41,7 +44,9 @@ def open_model(path: str, device: str = "auto"):
         tokenizer = Tokenizer.from_file(tokenizer_path)
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing narrower)
         raise ModelError(f"{tokenizer_path} is no tokenizer: {error}") from None
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text, as in training
+    tokenizer.encode_special_tokens = True  # the name of a special token in a text is text, as in training
+    tokenizer.start, tokenizer.ends = start_and_ends(tokenizer_path)
+    model.config.eos_token_id = tokenizer.ends
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -60,23 +65,13 @@ def read_text(path: str) -> str:
         raise ConfigError(f"text={path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
 
 
-def end_of_text(tokenizer) -> int:
-    """The id that starts and ends a document."""
-    end = tokenizer.token_to_id(EOT)
-    if end is None:
-        raise ModelError(f"the tokenizer has no {EOT}, which starts and ends a text")
-    return end
-
-
 def encode(model, tokenizer, text: str) -> torch.Tensor:
-    """Text → its ids (T), on the CPU; an empty text is the end-of-text token, which starts a document."""
+    """Text → its ids (T), on the CPU; an empty text is the token that starts one."""
     try:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except TypeError:
         raise ConfigError(f"the text {text[:40]!r} is not valid UTF-8") from None
-    ids = ids or [tokenizer.token_to_id(EOT)]
-    if ids == [None]:
-        raise ConfigError(f"an empty text needs a tokenizer with {EOT}: give a prompt")
+    ids = ids or [tokenizer.start]
     if max(ids) >= model.config.vocab_size:
         raise ModelError(f"the tokenizer gives id {max(ids)}, the model's vocabulary ends at {model.config.vocab_size}")
     return torch.tensor(ids)
@@ -113,18 +108,18 @@ def visible(text: str) -> str:
     return text.translate(PICTURES | {9: "⇥   ", 10: "⏎\n"}) or "…"
 
 
-def continuations(model, tokenizer, prompt: torch.Tensor, n: int, count: int = 1, **sampling) -> list[torch.Tensor]:
-    """`count` sequences that begin with `prompt` (T): at most n new ids each, the end-of-text id, if met, the last.
+def continuations(model, prompt: torch.Tensor, n: int, count: int = 1, **sampling) -> list[torch.Tensor]:
+    """`count` sequences that begin with `prompt` (T): at most n new ids each, one that ends a text, if met, the last.
 
     sampling: temperature, top_k, top_p of `Transformer.generate`.
     """
-    end = tokenizer.token_to_id(EOT)
     prompts = prompt.to(model.head_weight.device).expand(count, -1)
-    ids = model.generate(prompts, n, stop_ids=() if end is None else (end,), **sampling)  # (count, T + n)
+    ids = model.generate(prompts, n, **sampling)  # (count, T + n)
     sequences = []
     for row in ids.cpu():
         new = row[len(prompt) :].tolist()
-        sequences.append(row[: len(prompt) + new.index(end) + 1] if end in new else row)
+        length = next((t + 1 for t, token in enumerate(new) if token in model.config.ends), n)
+        sequences.append(row[: len(prompt) + length])
     return sequences
 
 

@@ -29,7 +29,9 @@ def find_model(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(hub_id, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(
+            hub_id, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot fetch {name} from the hub: {first_line(error)}") from None
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from errors import ConfigError, DataError, ModelError
+from files import write_whole
 from harness import find_tasks, lm_eval_model
 from measure import calibrate, interleaved
 from model import ModelConfig, Transformer
@@ -28,6 +29,11 @@ TEXT = (ROOT / "routers.py").read_text()
 VOCAB = 300
 
 
+SPECIAL = [EOT, "<|im_start|>", "<|im_end|>"]  # as in SmolLM2: a text starts with the second, and ends with the third
+NAMES = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[2]}
+ENDS = [2, 0]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,14 +42,15 @@ def tokenizer():
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator([TEXT], trainer)
+    made.start, made.ends = 1, ENDS  # what trained.open_tokenizer finds beside it
     return made
 
 
 def tiny(architecture):
-    return small_model(architecture, vocab_size=VOCAB, num_hidden_layers=3)
+    return small_model(architecture, vocab_size=VOCAB, num_hidden_layers=3, eos_token_id=ENDS)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,7 @@ def folders(tmp_path_factory, tokenizer):
         made[name] = str(tmp_path_factory.mktemp(name))
         tiny(name).save_pretrained(made[name])
         tokenizer.save(f"{made[name]}/tokenizer.json")
+        write_whole(f"{made[name]}/tokenizer_config.json", NAMES)
     return made
 
 
@@ -137,7 +145,7 @@ def hflm(folder, tokenizer):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT, pad_token=EOT)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
     return HFLM(pretrained=Qwen2ForCausalLM.from_pretrained(folder), tokenizer=fast, batch_size=1)
 
 
@@ -268,7 +276,7 @@ def test_perplexity_is_that_of_each_token_behind_its_window(routing, folders, to
         "--seq_len=48", "--stride=20", "--batch_size=3",
     )  # fmt: skip
     model, ids = Transformer.from_pretrained(folders["mod"]), tokenizer.encode(TEXT[:330]).ids
-    fed = torch.tensor([0, *ids])
+    fed = torch.tensor([tokenizer.start, *ids])
     total, predicted = 0.0, 0
     with torch.no_grad():
         for end in [48, *range(68, len(ids) + 20, 20)]:

@@ -53,7 +53,7 @@ def runs(tmp_path_factory, task_folder):  # noqa: F811
     lengths = torch.tensor([20, 1, 13])
     for architecture, family in FAMILIES.items():
         root = tmp_path_factory.mktemp(architecture)
-        model = small_model(architecture, vocab_size=VOCAB, **family)
+        model = small_model(architecture, vocab_size=VOCAB, eos_token_id=[END], **family)
         torch.manual_seed(0)
         given = {"ids": random_ids(3, 20), "mask": (torch.arange(20) >= 20 - lengths[:, None]).long()}
         given |= {"texts": ["def top_k(", "x", "the mean of all tokens"]}
@@ -196,7 +196,7 @@ def test_the_copies_are_the_project_s_files_that_import_each_other(architecture)
 
 @torch.no_grad()
 def test_our_loader_runs_no_code_and_knows_folders_of_before(tmp_path):
-    model, ids = small_model("dtf", model_type="qwen3", head_dim=10), random_ids(2, 30)
+    model, ids = small_model("dtf", model_type="qwen3", head_dim=10, eos_token_id=[END]), random_ids(2, 30)
     folder = folder_of(model, tmp_path / "m", b"{}")
     (folder / "hf.py").write_text("raise SystemExit('it ran')")
     config = json.loads((folder / "config.json").read_text())

@@ -130,6 +130,7 @@ def test_65536_ids_need_uint32(corpus, own, tmp_path):
     spec = own | {"added_tokens": far}
     spec["model"] = own["model"] | {"vocab": own["model"]["vocab"] | {"<|last|>": 65_535}}
     (tmp_path / "big.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     prepare.main([f"--input={folder}", f"--tokenizer={tmp_path}/big.json", f"--out_dir={tmp_path}/d"])
     manifest = read_manifest(tmp_path / "d")
     assert (manifest["dtype"], manifest["vocab_size"]) == ("uint32", 65_536)

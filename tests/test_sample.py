@@ -24,6 +24,7 @@ import trained
 from configurator import cli
 from model import Transformer
 from sample import page
+from tokenizer import EOT
 
 TEXT = "def main(argv):\n    return 0\n\nclass Café:\n    print('naïve', 12.5) # 東京\n" * 3
 VOCABULARY = 300
@@ -34,7 +35,7 @@ def small_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = {"special_tokens": [trained.EOT], "initial_alphabet": alphabet, "show_progress": False}
+    options = {"special_tokens": [EOT], "initial_alphabet": alphabet, "show_progress": False}
     tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
     return tokenizer
 
@@ -85,14 +86,14 @@ def test_a_character_appears_with_its_last_byte():
     names = [TOKENIZER.id_to_token(i) for i in range(VOCABULARY)]
     byte_ids = [names.index(TOKENIZER.pre_tokenizer.pre_tokenize_str("京")[0][0][n]) for n in range(len(kyoto))]
     assert trained.token_texts(TOKENIZER, byte_ids) == ["", "", "京"]
-    assert trained.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + trained.EOT]
+    assert trained.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + EOT]
     assert trained.token_texts(TOKENIZER, [VOCABULARY + 5]) == ["\ufffd"]  # an id that only pads the vocabulary
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path):
     save_model(tmp_path, "dense")
     model, tokenizer = trained.open_model(str(tmp_path))
-    assert 0 not in trained.encode(model, tokenizer, f"a{trained.EOT}b")
+    assert 0 not in trained.encode(model, tokenizer, f"a{EOT}b")
     assert trained.encode(model, tokenizer, "").tolist() == [0]  # an empty prompt starts a document
 
 
@@ -111,13 +112,37 @@ def test_a_run_gives_its_final_model_else_its_newest_step(tmp_path):
     assert torch.equal(weight(), saved("final_model"))
 
 
+def test_generation_stops_where_the_files_say_that_a_text_ends(tmp_path):
+    """Chat models end a turn with another token than a document: both stop them."""
+    save_model(tmp_path, "stt")
+    ends = [5, 9, 11, *range(20, 60)]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model, tokenizer = trained.open_model(str(tmp_path))
+    assert (tokenizer.ends, model.config.ends, Transformer.from_pretrained(str(tmp_path)).config.ends) == (ends,) * 3
+    model.save_pretrained(str(tmp_path / "again"))
+    assert Transformer.from_pretrained(str(tmp_path / "again")).config.ends == ends
+
+    prompt = torch.arange(100, 108).expand(30, -1)
+    torch.manual_seed(2)
+    rows = model.generate(prompt, 40, temperature=1.0, pad_id=1)[:, 8:].tolist()
+    stopped = 0
+    for row in rows:
+        at = next((t for t, token in enumerate(row) if token in ends), len(row))
+        assert set(row[at + 1 :]) <= {1}
+        stopped += at < len(row)
+    assert stopped > 10
+    torch.manual_seed(2)
+    free = model.generate(prompt, 40, temperature=1.0, stop_ids=())[:, 8:].tolist()
+    assert any(token in ends for row in free for token in row[:-1])  # () is none: rows go on behind an end
+
+
 def test_continuations_end_with_the_end_of_text():
-    model = small_model("mod", vocab_size=VOCABULARY)
+    model = small_model("mod", vocab_size=VOCABULARY, eos_token_id=0)
     prompt = torch.tensor(TOKENIZER.encode("def main(").ids)
     torch.manual_seed(1)
     rows = model.generate(prompt.expand(40, -1), 60, stop_ids=(0,), temperature=1.5, pad_id=1)
     torch.manual_seed(1)
-    sequences = trained.continuations(model, TOKENIZER, prompt, 60, 40, temperature=1.5)
+    sequences = trained.continuations(model, prompt, 60, 40, temperature=1.5)
     stopped = 0
     for row, ids in zip(rows.tolist(), sequences, strict=True):
         new = row[len(prompt) :]

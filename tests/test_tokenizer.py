@@ -31,6 +31,16 @@ def as_gpt2(spec):
     return spec | {"normalizer": None, "pre_tokenizer": byte_level}
 
 
+def as_smollm2(spec):
+    """GPT-2's pattern behind one for digits; bytes that its training text never showed are not in the vocabulary."""
+    steps = [{"type": "Digits", "individual_digits": True}, as_gpt2(spec)["pre_tokenizer"]]
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    lacking = {char for char, byte in tokenizer.byte_alphabet().items() if byte in (4, 0x13, 0xC0, 0xC5, 0xF3)}
+    model = spec["model"] | {"vocab": {t: i for t, i in spec["model"]["vocab"].items() if not lacking & {*t}}}
+    model["merges"] = [pair for pair in model["merges"] if not lacking & {*"".join(pair)}]
+    return spec | {"normalizer": None, "pre_tokenizer": pre_tokenizer, "model": model}
+
+
 def with_digits(spec):
     """A pre-tokenizer in three steps, which is not one pattern."""
     steps = [{"type": "Digits", "individual_digits": True}, *spec["pre_tokenizer"]["pretokenizers"]]
@@ -57,6 +67,7 @@ KINDS = {
     "own": (lambda spec: spec, "tiktoken"),
     "added": (with_added_tokens, "tiktoken"),
     "gpt2": (as_gpt2, "tiktoken"),
+    "smollm2": (as_smollm2, "tiktoken"),
     "digits": (with_digits, "tokenizers"),
     "reordered": (reordered, "tokenizers"),
     "unreachable": (unreachable, "tokenizers"),
@@ -81,7 +92,24 @@ def encoders(own, tmp_path_factory):
 
 PIECES = st.sampled_from(
     ["<|endoftext|>", "<|im_end|>", "<tool_call>", "e\u0301é", "\r\n", "\r", "\0", " " * 30, "\t\t", "\n\n", "don't"]
-    + ["'LL", "ſ", "\u212b", "\u1100\u1161", "\ufeff", "\u2028", "def f(self):\n        return", "12345", "…", "—", "İ"]
+    + [
+        "'LL",
+        "ſ",
+        "a  1",
+        " 12 3",
+        "\x04",
+        "½ ٣",
+        "\U000c0000",
+        "\u212b",
+        "\u1100\u1161",
+        "\ufeff",
+        "\u2028",
+        "def f(self):\n        return",
+        "12345",
+        "…",
+        "—",
+        "İ",
+    ]
 )
 
 
@@ -135,3 +163,40 @@ def test_the_vocabulary_is_that_of_tokenizers(own, tmp_path):
         path.write_text(damaged)
         with pytest.raises(DataError, match="tokenizer.json is damaged"):
             tokenizer.vocabulary(path)
+
+
+SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+CHAT = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+
+
+@pytest.mark.parametrize(
+    "generation, model, names, start, ends",
+    [
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 7}, CHAT, 1, [2, 0]),
+        ({"eos_token_id": 0}, {}, {"eos_token": "<|im_end|>"}, 2, [0]),
+        ({"temperature": 0.7}, {"eos_token_id": [5]}, {}, 5, [5]),
+        (None, {"eos_token_id": 3}, CHAT, 1, [3]),
+        (None, None, CHAT, 1, [2]),
+        (None, None, {"bos_token": None, "eos_token": "<|endoftext|>"}, 0, [0]),
+        (None, None, {"eos_token": "</s>"}, None, "no token of it ends a text"),  # named, but not there
+        (None, None, None, None, "no token of it ends a text"),  # three special tokens, and none is named
+        ("[", None, CHAT, None, "generation_config.json is damaged"),
+    ],
+)
+def test_what_starts_and_ends_a_text_is_in_the_files(tmp_path, generation, model, names, start, ends):
+    added = [{"content": name, "id": i, "special": True} for name, i in SPECIAL.items()]
+    spec = {"added_tokens": added, "model": {"type": "BPE", "vocab": {"a": 3}, "merges": []}}
+    files = {"generation_config": generation, "config": model, "tokenizer_config": names, "tokenizer": spec}
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(content if content == "[" else json.dumps(content))
+    if start is None:
+        with pytest.raises(DataError, match=ends):
+            tokenizer.start_and_ends(tmp_path / "tokenizer.json")
+    else:
+        assert tokenizer.start_and_ends(tmp_path / "tokenizer.json") == (start, ends)
+
+
+def test_the_only_special_token_of_a_file_that_stands_alone_starts_and_ends_a_text(tmp_path, own):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    assert tokenizer.start_and_ends(tmp_path / "tokenizer.json") == (0, [0])
