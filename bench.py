@@ -8,8 +8,8 @@
     python bench.py --tasks=general,math --model_path=out/dtf_05b --batch_size=8
     torchrun --standalone --nproc_per_node=8 bench.py --tasks=general --model_path=out/dtf_05b
 
-Tasks are speed, flops, perplexity and capacity; the suites general, math, code and quick_test; names of lm-eval tasks; and
-folders of lm-eval task files. Each prints a table; the last line is all of it as JSON. Exit status 1: a task could
+Tasks are speed, flops, perplexity and capacity; the suites general, math, code and quick_test; names of lm-eval tasks;
+lm-eval task files (*.yaml), and folders of them. Each prints a table; the last line is all of it as JSON. Exit status 1: a task could
 not be run (it is named on stderr), the others were; or something is slower than in the baseline.
 
 In the speed table, ratio is the time over our dense model's; promised is the same ratio in FLOPs, or in bytes read for
@@ -72,6 +72,8 @@ class BenchConfig:
     stride: int = 0  # perplexity: new tokens of a window, behind seq_len − stride of context (0: half the window)
     capacities: list[Capacity] = field(default_factory=lambda: [0.125 * n for n in range(1, 9)])  # capacity: the sweep
 
+    num_fewshot: Amount | None = None  # lm-eval: examples before each question (none: as the task or suite has it)
+    gen_kwargs: str = ""  # lm-eval: settings of generation over the tasks' own: temperature=0.7,max_gen_toks=64
     allow_code_execution: bool = False  # lm-eval: run the programs that the model writes (suite code), on this machine
     wandb_log: bool = False  # lm-eval: log the results to Weights & Biases too
     wandb_project: str = "nanodtf"  # W&B project

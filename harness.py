@@ -9,11 +9,12 @@ import os
 import random
 from collections import ChainMap
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from errors import ConfigError, ModelError
+from errors import ConfigError, ModelError, first_line
 from files import write_whole
 from model import Transformer
 from parallel import of_all, rank, say
@@ -121,22 +122,21 @@ def continue_until(model: Transformer, tokenizer, prompts: list, limit: int, sto
 
 
 def find_tasks(names: list[str], others: tuple[str, ...] = ()):
-    """(lm-eval's TaskManager, {task: few-shot examples or None for the task's own}) of suites, tasks and task folders.
+    """(lm-eval's TaskManager, {task: few-shot examples or None for the task's own}) of suites, tasks, and task files or
+    folders of them.
 
     others: what a user may have meant beside them. Raises ConfigError for a task that lm-eval does not know, with the
     nearest that it does.
     """
     import lm_eval.tasks
 
-    folders = [name for name in names if os.path.isdir(name)]
-    manager = lm_eval.tasks.TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
+    paths = {name: Path(name) for name in names if os.path.isdir(name) or os.path.isfile(name)}
+    folders = [path if path.is_dir() else path.parent for path in paths.values()]
+    manager = lm_eval.tasks.TaskManager(include_path=folders or None, include_defaults=len(paths) < len(names))
     tasks = {}
     for name in names:
-        if name in folders:
-            inside = lm_eval.tasks.TaskManager(include_path=name, include_defaults=False).all_subtasks
-            if not inside:
-                raise ConfigError(f"tasks={name}: the folder holds no lm-eval task (*.yaml)")
-            tasks |= dict.fromkeys(inside)
+        if name in paths:
+            tasks |= dict.fromkeys(tasks_at(paths[name]))
         elif name in SUITES:
             tasks |= SUITES[name]
         elif name in manager.all_tasks:
@@ -149,26 +149,48 @@ def find_tasks(names: list[str], others: tuple[str, ...] = ()):
     return manager, tasks
 
 
-def load_task(manager, name: str, shots: int | None, allow_code_execution: bool) -> dict:
+def tasks_at(path: Path) -> list[str]:
+    """The lm-eval tasks of a task file, or of a folder of them. Raises ConfigError where there is none."""
+    import lm_eval.tasks
+
+    try:
+        inside = lm_eval.tasks.TaskManager(include_path=path if path.is_dir() else path.parent, include_defaults=False)
+    except Exception as error:  # noqa: BLE001 (YAML, and whatever lm-eval makes of it)
+        raise ConfigError(f"tasks={path}: {first_line(error)}") from None
+    index = inside.task_index
+    if path.is_dir():
+        found = inside.all_subtasks
+    else:
+        found = [name for name in inside.all_tasks if index[name].yaml_path and path.samefile(index[name].yaml_path)]
+    if not found:
+        raise ConfigError(f"tasks={path} holds no lm-eval task (*.yaml with a `task:` in it)")
+    return found
+
+
+def load_task(manager, name: str, shots: int | None, cfg) -> dict:
     """The task or group `name` with its data, as lm_eval.evaluate takes it. Raises whatever keeps it from loading."""
+    from lm_eval.utils import simple_parse_args_string
+
     random.seed(0)  # the seeds of simple_evaluate
     np.random.seed(1234)
     torch.manual_seed(1234)
     loaded = manager.load([name])
     for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False) and not allow_code_execution:
+        if getattr(task, "UNSAFE_CODE", False) and not cfg.allow_code_execution:
             raise ConfigError("it runs programs that the model wrote: allow that with --allow_code_execution")
         if task.get_config("num_fewshot") != 0:  # a 0 in its own file is meant
             task.set_config("num_fewshot", shots if shots is not None else task.get_config("num_fewshot") or 0)
+        if cfg.gen_kwargs and task.get_config("output_type") == "generate_until":
+            task.set_config("generation_kwargs", simple_parse_args_string(cfg.gen_kwargs), update=True)
         task.set_fewshot_seed(1234)
     return loaded
 
 
-def load_on_all_ranks(manager, name: str, shots: int | None, allow_code_execution: bool) -> dict | None:
+def load_on_all_ranks(manager, name: str, shots: int | None, cfg) -> dict | None:
     """The same on every rank; None, and a line that says why, where any of them cannot: a task runs on all or on none."""
     loaded = reason = None
     try:
-        loaded = load_task(manager, name, shots, allow_code_execution)
+        loaded = load_task(manager, name, shots, cfg)
     except Exception as error:  # noqa: BLE001 (a data set, a metric or a task file: anything can be missing)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     reasons = [reason for reason in of_all(reason) if reason]
@@ -188,15 +210,22 @@ def evaluate(cfg, model, tokenizer, manager, tasks: dict, path: str, document: d
     import lm_eval
 
     os.environ["HF_ALLOW_CODE_EVAL"] = str(int(cfg.allow_code_execution))
-    settings = {"routing": cfg.routing, "limit": cfg.limit, "dtype": str(model.head_weight.dtype), "done": []}
+    settings = {
+        "routing": cfg.routing,
+        "limit": cfg.limit,
+        "gen_kwargs": cfg.gen_kwargs,
+        "dtype": str(model.head_weight.dtype),
+        "done": [],
+    }
     settings |= {"weights": weights_digest(model), "lm_eval": importlib.metadata.version("lm_eval")}
     settings, results = saved_results(path, settings)
     adapter, missing = lm_eval_model(model, tokenizer, cfg.routing, cfg.batch_size), []
-    for name, shots in tasks.items():
+    for name, suggested in tasks.items():
+        shots = suggested if cfg.num_fewshot is None else cfg.num_fewshot
         if [name, shots] in settings["done"]:
             say(f"{name}: done before, see {path}")
             continue
-        loaded = load_on_all_ranks(manager, name, shots, cfg.allow_code_execution)
+        loaded = load_on_all_ranks(manager, name, shots, cfg)
         if loaded is None:
             missing.append(name)
             continue

@@ -70,7 +70,6 @@ task: tiny_{name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-num_fewshot: 0
 """
 TASKS = {
     "choice": """
@@ -79,12 +78,14 @@ doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
 metric_list: [{metric: acc}, {metric: acc_norm}]
+fewshot_split: test
 """,
     "text": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: byte_perplexity}]
+num_fewshot: 0
 """,
     "generate": """
 output_type: generate_until
@@ -92,6 +93,7 @@ doc_to_text: "{{question}}"
 doc_to_target: "{{text}}"
 generation_kwargs: {until: [" the", "zz"], max_gen_toks: 70, do_sample: false}
 metric_list: [{metric: exact_match}]
+num_fewshot: 0
 """,
 }
 
@@ -150,15 +152,19 @@ def hflm(folder, tokenizer):
 
 
 def test_tasks_score_as_under_hflm(folders, tokenizer, task_folder, tmp_path, capsys):
-    """Multiple choice, perplexity and generation from YAML and jsonl: bench.py's results, and lm-eval's with HFLM."""
+    """Task files by path, two examples before a question, other settings of generation: bench.py's results, and lm-eval's."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    ours, _, _ = run(
-        capsys, f"--model_path={folders['dense']}", f"--tasks={task_folder}", f"--output_path={tmp_path}/r"
-    )
+    how, files = {"num_fewshot": 2, "gen_kwargs": "max_gen_toks=20"}, ",".join(map(str, task_folder.glob("*.yaml")))
+    settings = [f"--{name}={value}" for name, value in how.items()]
+    arguments = [f"--model_path={folders['dense']}", f"--tasks={files}", f"--output_path={tmp_path}/r", *settings]
+    ours, _, _ = run(capsys, *arguments)
     manager, names = TaskManager(include_path=str(task_folder)), ["tiny_choice", "tiny_text", "tiny_generate"]
-    theirs = lm_eval.simple_evaluate(hflm(folders["dense"], tokenizer), tasks=names, task_manager=manager)
+    theirs = lm_eval.simple_evaluate(hflm(folders["dense"], tokenizer), tasks=names, task_manager=manager, **how)
+    assert ours["n-shot"] == theirs["n-shot"] == dict(zip(names, (2, 0, 0), strict=True))
+    again, table, _ = run(capsys, *arguments[:3], settings[0])  # other settings of generation: all is run again
+    assert again["evaluation"]["gen_kwargs"] == "" and "done before" not in table
     assert set(ours["results"]) == set(theirs["results"]) == set(names)
     compared = [
         (ours["results"][name][metric], value)
@@ -514,7 +520,7 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
         ("--model_path={dtf} --tasks=perplexity --text=no/such --seq_len=64", DataError, "no/such is no data folder"),
         ("--model_path={dtf} --tasks=perplexity --seq_len=999", ConfigError, "max_position_embeddings=256"),
         ("--model_path={dense} --tasks=capacity", ConfigError, "is dense: it has no capacity to sweep"),
-        ("--model_path={dtf} --tasks={empty}", ConfigError, "the folder holds no lm-eval task"),
+        ("--model_path={dtf} --tasks={empty}", ConfigError, "holds no lm-eval task"),
         ("--model_path={dtf} --seq_len=250", ConfigError, "lower seq_len, decode_steps or repeats"),
         ("--model_path=/no/such", ModelError, "/no/such"),
     ],
