@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -32,7 +31,7 @@ import torch.distributed as dist
 
 from architectures import ARCHITECTURES
 from configurator import Amount, Count, cli, configure, problems
-from device import device_name, pick_device
+from device import Dtype, device_name, pick_device
 from errors import ConfigError
 from files import write_whole
 from harness import evaluate, find_tasks, log_to_wandb
@@ -57,7 +56,7 @@ class BenchConfig:
     limit: Amount = 0  # examples of an lm-eval task, windows of perplexity and capacity (0: all)
     output_path: str = ""  # JSON file of all results (lm-eval: the model folder's eval-ROUTING.json, if not set)
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: str = "auto"  # float32, or bfloat16 (training: autocast over float32 weights); auto: bfloat16 on CUDA
+    dtype: Dtype = "auto"  # of the weights, in training of products; auto: on CUDA bfloat16, float16 where it has none
     threads: Amount = 0  # CPU threads (0: torch's choice)
 
     measure: list[Measure] = field(default_factory=lambda: list(MEASURES))  # speed: what to time, of these
@@ -131,7 +130,7 @@ def about(cfg: BenchConfig, device) -> dict:
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 
-def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> tuple[dict, list[str]]:
+def costs(cfg: BenchConfig, model, model_set: dict, device, dtype) -> tuple[dict, list[str]]:
     """Runs the tasks speed and flops: (their results and what they were measured with, what is slower than the baseline).
 
     model: a trained one, or None for random weights of cfg.size and the keys in model_set.
@@ -147,7 +146,7 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, autocast, dtype) -> 
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
     if "speed" in cfg.tasks:
         models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
-        document["speed"] = speed(cfg, models, device, autocast, dtype) | {"model": shape.to_dict()}
+        document["speed"] = speed(cfg, models, device, dtype) | {"model": shape.to_dict()}
         if baseline:
             slower = regressions(document["speed"], document, baseline)
         elif cfg.baseline:
@@ -162,12 +161,11 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device, autocast = pick_device(cfg, local_rank(), world())
-    dtype = torch.float32 if isinstance(autocast, nullcontext) else torch.bfloat16
+    device, dtype = pick_device(cfg, local_rank(), world())
     model = tokenizer = None
     if cfg.model_path:
         model, tokenizer = open_model(cfg.model_path, str(device))
-    document, slower = costs(cfg, model, model_set, device, autocast, dtype)
+    document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)
     if "perplexity" in cfg.tasks:

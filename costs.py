@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from data import TokenData
-from device import pick_device
+from device import autocast, pick_device
 from measure import Decoder, cached, interleaved
 from model import Transformer
 
@@ -18,7 +18,7 @@ ROUNDS = 8  # of every measurement, the first does not count
 
 
 def device_of(settings: dict):
-    """The device and the autocast context of a run."""
+    """The device and the number format of a run."""
     return pick_device(SimpleNamespace(device=settings.get("device", "auto"), dtype=settings.get("dtype", "auto")))
 
 
@@ -43,7 +43,7 @@ def speeds(reference: tuple, run: tuple) -> dict[str, dict]:
 
     ratio: how many times as fast as the reference, the median over rounds; both are (path, settings), and may be one.
     """
-    _, autocast = device_of(run[1])
+    context = autocast(*device_of(run[1]))
     models, found = {}, {}
     for path, settings in (reference, run):
         models[path], x, y = opened(path, settings)
@@ -55,7 +55,7 @@ def speeds(reference: tuple, run: tuple) -> dict[str, dict]:
         found[measure] = {"tokens_per_s": tokens / statistics.median(times[run[0]]), "ratio": statistics.median(ratios)}
 
     size, given = min(B, run[1]["batch_size"]), {path: settings for path, settings in (reference, run)}
-    steps = {path: training_step(model, given[path], x[:size], y[:size], autocast) for path, model in models.items()}
+    steps = {path: training_step(model, given[path], x[:size], y[:size], context) for path, model in models.items()}
     take("training", size * T, steps)
     with torch.inference_mode():
         for batch in sorted({1, B}):
@@ -70,7 +70,7 @@ def prefill(model, ids):
     return model.eval()(ids, routing="causal", cache=model.new_cache(*ids.shape))
 
 
-def training_step(model, settings: dict, x, y, autocast):
+def training_step(model, settings: dict, x, y, context):
     """A call that does what a step of the run did, on one micro-batch and at rate 0: the weights stay as they are."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     parent = settings.get("distill_from")
@@ -78,7 +78,7 @@ def training_step(model, settings: dict, x, y, autocast):
 
     def step():
         model.train()
-        with autocast:
+        with context:
             out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
         out.loss.backward()
         optimizer.step()

@@ -2,11 +2,14 @@
 
 import re
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 
 from errors import ConfigError
 from kernels import keep_heap
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of products, see `fastest_dtype`
 
 # Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first whose words
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
@@ -33,9 +36,9 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device, bf16: bool) -> float | None:
+def peak_flops(device, dtype: torch.dtype) -> float | None:
     """FLOP/s that MFU compares with, or None: no GPU, an unknown one, or not bfloat16."""
-    if device.type != "cuda" or not bf16:
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     known = (flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b(?!.*Laptop)", name))
@@ -43,7 +46,7 @@ def peak_flops(device, bf16: bool) -> float | None:
 
 
 def pick_device(cfg, local_rank: int = 0, world: int = 1):
-    """The device and the autocast context of this rank, from cfg.device and cfg.dtype ("auto": the best that is there).
+    """The device and the number format of this rank, from cfg.device and cfg.dtype ("auto": the best that is there).
 
     Raises ConfigError for a device that is not there.
     """
@@ -63,9 +66,20 @@ def pick_device(cfg, local_rank: int = 0, world: int = 1):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if name == "cpu":
         keep_heap()
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported())
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    return device, torch.autocast(name, torch.bfloat16) if bf16 else nullcontext()
+    return device, getattr(torch, fastest_dtype(name) if cfg.dtype == "auto" else cfg.dtype)
+
+
+def fastest_dtype(kind: str) -> str:
+    """What "auto" is: on CUDA bfloat16, or float16 on GPUs that only emulate it."""
+    if kind != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def autocast(device, dtype: torch.dtype):
+    """The context in which products run in dtype, over float32 weights."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def synchronize(device):

@@ -110,11 +110,16 @@ def _to_teacher(logits, teacher):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Both gradients are made with the loss, while a chunk's logits are there: nothing is computed twice."""
+    """Both gradients are made with the loss, while a chunk's logits are there: nothing is computed twice.
+
+    They are those of the sum, whose terms float16 holds; the mean's, an N-th, would vanish there. Products are in hidden's
+    format, the weight's gradient is summed, and handed on, in float32.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, rows, teacher):
-        total, grad_weight = 0.0, None
+        total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
+        small = 2.0**-8 if hidden.dtype == torch.float16 else 1.0  # or a sum over a chunk leaves its range
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
@@ -128,22 +133,23 @@ class _HeadLoss(torch.autograd.Function):
             total += (losses * (t != -100)).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            grad = grad.mul_((t != -100) * share).to(weight.dtype)
+            grad = grad.mul_(t != -100).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad, weight.t())
             if ctx.needs_input_grad[1]:
-                of_part = linear(h.t(), grad.t())  # (d, V)
+                of_part = linear(h.t() if small == 1 else h.t() * small, grad.t())  # (d, V)
                 grad_weight = of_part.float() if grad_weight is None else grad_weight.add_(of_part)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, share)
+        ctx.small = small
         return total * share
 
     @staticmethod
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, share = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad
+            grad_hidden = grad_hidden * (grad * share)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).t()
+            grad_weight = (grad_weight * (grad * share / ctx.small)).t()
         return grad_hidden, grad_weight, None, None, None
 
 

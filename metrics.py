@@ -37,14 +37,14 @@ def perplexity(loss: float) -> float:
 def spikes(table, step, recent, sequences):
     """Steps whose loss is not finite or beyond 6 standard deviations of those before: what to look at in the data.
 
-    table: a row per step up to `step`, the loss first and whether the update was skipped last. recent: a deque of the
+    table: a row per step up to `step`, the loss first and its kind last (0 good, 1 bad, 2 an overflow of float16). recent: a deque of the
     losses before, which those of the table join. sequences: of a step; their numbers are what `data.py show` takes.
     """
     found = []
     for number, (loss, *_, bad) in enumerate(table, step - len(table)):  # 0-based, as the data is
         mean = sum(recent) / max(1, len(recent))
         deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / max(1, len(recent)))
-        if bad or (len(recent) >= 20 and loss > mean + 6 * deviation):
+        if bad == 1 or (not bad and len(recent) >= 20 and loss > mean + 6 * deviation):
             first_last = [number * sequences, (number + 1) * sequences - 1]
             found.append({"step": number + 1, "loss": loss if math.isfinite(loss) else None, "sequences": first_last})
         if not bad:
@@ -111,9 +111,10 @@ class Metrics:
                 skipped = table[spike["step"] - progress.step - 1][-1]
                 what = "skipped, not finite: the loss or gradient" if skipped else f"spike: loss {spike['loss']}"
                 say(f"{what} at step {spike['step']}, of sequences {first}-{last}")
-        for *_, bad in table:
-            progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
-            progress.bad_steps += bool(bad)
+        for *_, kind in table:
+            if kind < 2:  # an overflow, for which the scale is too large, says nothing of the run
+                progress.bad_in_a_row = progress.bad_in_a_row + 1 if kind else 0
+                progress.bad_steps += bool(kind)
         metrics |= {"train/perplexity": perplexity(metrics["train/loss"])}
         metrics |= {f"lr/{kind}": rate for kind, rate in rates.items()}
         metrics |= {"bad_steps": progress.bad_steps, "tokens_per_s": tokens_per_s, "data_wait": self.waited / seconds}

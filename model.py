@@ -605,7 +605,7 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(dtype)
         teacher = teacher and tuple(t.to(dtype) for t in teacher)
     teacher = teacher and (teacher[0].flatten(0, 1), teacher[1])
     return kernels.head_loss(hidden.flatten(0, 1), weight, targets.flatten(), teacher)

@@ -1,4 +1,4 @@
-"""The optimizer: which one, what learns at which rate, and a step that a bad gradient does not take.
+"""The optimizer: which one, what learns at which rate, a step that a bad gradient does not take, and float16's loss scale.
 
 Another optimizer is another line in `make_optimizer`; checkpoints hold whatever state it keeps.
 """
@@ -66,3 +66,51 @@ def step_unless(bad: torch.Tensor, optimizer):
         optimizer.step()
     elif not bad.item():
         optimizer.step()
+
+
+class LossScale:
+    """Loss scaling (Micikevicius et al. 2018, section 3.2), where products are in float16: small gradients would vanish.
+
+    The loss is multiplied by `value` before the backward pass, gradients are divided by it afterwards. It halves when they
+    overflow and doubles after INTERVAL steps without, as torch's GradScaler does; here `bad` is what all ranks have agreed on,
+    of sharded gradients too, and nothing is read by the host.
+    """
+
+    FIRST, INTERVAL = 2.0**16, 2000
+
+    def __init__(self, dtype: torch.dtype, device, state: dict | None = None):
+        """state: of a checkpoint, see `state`; None begins anew. Of another dtype than float16 nothing is scaled."""
+        self.on = dtype == torch.float16
+        if self.on:
+            kept = state or {"loss_scale": self.FIRST, "overflow_steps": 0.0, "good": 0.0}
+            self.value, self.overflows, self.good = (torch.tensor(number, device=device) for number in kept.values())
+
+    def up(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.value if self.on else loss
+
+    def down(self, parameters):
+        """Divides the gradients; what has overflowed stays infinite."""
+        for p in parameters if self.on else ():
+            if p.grad is not None:
+                p.grad.mul_(1 / self.value.to(p.grad.device))
+
+    def adapt(self, bad: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """What kind of step it was, a scalar: 0 for a good one, 1 for a bad one, 2 for one whose gradients overflowed.
+
+        bad: 1 where the loss or the gradient is not finite. At a scale of 1 that is no overflow of ours.
+        """
+        if not self.on:
+            return bad
+        overflow = (bad > 0) & torch.isfinite(loss) & (self.value > 1)
+        good = torch.where(bad > 0, 0.0, self.good + 1)
+        self.value = torch.where(
+            overflow, self.value / 2, torch.where(good == self.INTERVAL, self.value * 2, self.value)
+        )
+        self.overflows, self.good = self.overflows + overflow, torch.where(good == self.INTERVAL, 0.0, good)
+        return bad + overflow
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss_scale": self.value.item(), "overflow_steps": self.overflows.item()} if self.on else {}
+
+    def state(self) -> dict | None:
+        return self.metrics() | {"good": self.good.item()} if self.on else None

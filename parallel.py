@@ -76,10 +76,10 @@ def all_reduce(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tenso
     return tensor
 
 
-def shard(model, device, bf16, offload):
+def shard(model, device, dtype, offload):
     """Divide a model on the meta device among the ranks, and give each its part, empty: weights are yet to be read.
 
-    Blocks are gathered one at a time where they run, in bfloat16 if `bf16`; the weights themselves, the gradients' sums
+    Blocks are gathered one at a time where they run, in `dtype`; the weights themselves, the gradients' sums
     and the optimizer stay in float32. offload: these live in CPU memory.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -90,7 +90,7 @@ def shard(model, device, bf16, offload):
         "mesh": dist.init_device_mesh(device.type, (world(),)),
         "ignored_params": {p for name, p in model.named_parameters() if model.is_router(name)},
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
+            param_dtype=dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # it would round positions and surprises too
         ),
@@ -130,27 +130,29 @@ def clip_grad_norm(parameters, max_norm, device):
     return norm
 
 
-def activations(model, batch: int, seq_len: int, bf16: bool, sharded: bool, checkpointing: bool) -> float:
+def activations(model, batch: int, seq_len: int, dtype: torch.dtype, sharded: bool, checkpointing: bool) -> float:
     """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
-    autocast = bf16 and not sharded  # which casts every product's input, and leaves the residual stream in float32
-    precision = Precision(2 if bf16 else 4, 2 if bf16 and sharded else 4, 2 if autocast else 1)
+    autocast = (
+        dtype.itemsize == 2 and not sharded
+    )  # which casts every product's input, and leaves the residual stream in float32
+    precision = Precision(dtype.itemsize, dtype.itemsize if sharded else 4, 2 if autocast else 1)
     layers = [layer.activations(precision) for layer in model.model.layers]
     if checkpointing:
         return batch * seq_len * (len(layers) * precision.residual * model.config.hidden_size + max(layers))
     return batch * seq_len * sum(layers)
 
 
-def memory(model, cfg, ranks: int, micro_steps: int, bf16: bool) -> dict[str, float]:
+def memory(model, cfg, ranks: int, micro_steps: int, dtype: torch.dtype) -> dict[str, float]:
     """Estimated bytes that one rank holds at the peak of a training step, by what holds them."""
     n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_layers = sum(p.numel() for p in model.model.layers.parameters())
     sharded, share = cfg.parallel == "fsdp", 1.0
-    working = 2 * n if bf16 else 0  # autocast's copies
+    working = 2 * n if dtype.itemsize == 2 else 0  # autocast's copies
     if sharded:
         share = 0.0 if cfg.offload else 1 / ranks
         ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
-        working = (2 if bf16 else 4) * (ends + 2 * block)  # gathered: the one that runs and the next
+        working = dtype.itemsize * (ends + 2 * block)  # gathered: the one that runs and the next
     # Between two exchanges of gradients a sharded model's are whole on every rank.
     gradients = 4 * trained * (1 if sharded and micro_steps > 1 else share)
     vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size
@@ -159,6 +161,6 @@ def memory(model, cfg, ranks: int, micro_steps: int, bf16: bool) -> dict[str, fl
         "weights": 4 * n * share + working,
         "gradients": gradients,
         "optimizer": OPTIMIZER_BYTES * trained * share,
-        "activations": activations(model, cfg.batch_size, cfg.seq_len, bf16, sharded, cfg.gradient_checkpointing),
+        "activations": activations(model, cfg.batch_size, cfg.seq_len, dtype, sharded, cfg.gradient_checkpointing),
         "loss": 4 * vocab_size * hidden_size + 3 * 4 * logits,  # it knows the head's gradient at once
     }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from architectures import ARCHITECTURES
 from blocks import RoutedBlock
-from device import peak_flops
+from device import autocast, peak_flops
 from errors import ConfigError
 from figures import print_table
 from measure import Decoder, cached, calibrate, interleaved
@@ -64,11 +64,11 @@ def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, de
     return models
 
 
-def speed(cfg, models: dict[str, Transformer], device, autocast, dtype) -> dict:
+def speed(cfg, models: dict[str, Transformer], device, dtype) -> dict:
     """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables."""
-    suite = Suite(cfg, models, device, peak_flops(device, dtype == torch.bfloat16))
+    suite = Suite(cfg, models, device, peak_flops(device, dtype))
     if "train" in cfg.measure or cfg.profile:
-        training(suite, autocast)
+        training(suite, autocast(device, dtype))
     with torch.inference_mode():
         inference(suite, dtype)
     print_memory(suite.memory, cfg.compile)
@@ -179,10 +179,10 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 # The measures
 
 
-def training(suite: Suite, autocast):
+def training(suite: Suite, context):
     """A training step: its time and memory, and a trace where one is wanted."""
     B, T = suite.x.shape
-    steps = {name: training_step(model, suite.x, suite.y, autocast) for name, model in suite.variants.items()}
+    steps = {name: training_step(model, suite.x, suite.y, context) for name, model in suite.variants.items()}
     if "train" in suite.cfg.measure:
         flops = {name: model.flops_per_token(T, training=True) * B * T for name, model in suite.models.items()}
         times = suite.time(lambda model, name: steps[name][0](model), suite.compiled)
@@ -199,13 +199,13 @@ def training(suite: Suite, autocast):
         print("trace: out/trace.json")
 
 
-def training_step(model, x, y, autocast):
+def training_step(model, x, y, context):
     """(a function that does one training step through `forward`, its optimizer)."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step(forward):
-        with autocast:
+        with context:
             loss = forward(x, y).loss
         loss.backward()
         optimizer.step()

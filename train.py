@@ -37,12 +37,12 @@ import publish
 from configurator import Amount, Count, NonNegative, Positive, Range, Share, cli, configure, problems
 from conversion import choose_layers, removal_costs
 from data import TokenData
-from device import device_name, peak_flops, pick_device, synchronize
+from device import Dtype, autocast, device_name, peak_flops, pick_device, synchronize
 from errors import CheckpointError, ConfigError, TrainError
 from files import sha256
 from metrics import Metrics, Progress, perplexity, start_wandb
 from model import SIZES, ModelConfig, Transformer
-from optimizer import lr_scale, make_optimizer, set_rates, step_unless
+from optimizer import LossScale, lr_scale, make_optimizer, set_rates, step_unless
 from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, world
 from tokenizer import vocabulary
 from weights import find_model
@@ -91,7 +91,7 @@ class TrainConfig:
 
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16: autocast over float32; auto: that, on CUDA
+    dtype: Dtype = "auto"  # of products, over float32 weights; auto: on CUDA bfloat16, float16 where it has none
     compile: bool = False  # torch.compile; what it makes is kept in TORCHINDUCTOR_CACHE_DIR
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients, optimizer are divided over the ranks
@@ -165,12 +165,13 @@ def train(argv) -> tuple[TrainConfig, bool]:
         for micro_step in range(run.micro_steps):
             x, y = metrics.wait(stream)  # (B, T) each
             run.exchange_gradients(micro_step == run.micro_steps - 1)
-            with run.autocast:
+            with autocast(run.device, run.dtype):
                 out = run.wrapped(x, y, teacher=run.teach(x))
-            (out.loss / run.micro_steps).backward()
+            run.loss_scale.up(out.loss / run.micro_steps).backward()
             values = values + metrics.measure(out) / run.micro_steps
         if run.sharded:
             parallel.average_whole(model)
+        run.loss_scale.down(model.parameters())
         grad_norm = parallel.clip_grad_norm(model.parameters(), cfg.grad_clip or math.inf, run.device)
 
         # -- update, unless the loss or the gradient is not finite: then, on all ranks, nothing changes
@@ -179,6 +180,7 @@ def train(argv) -> tuple[TrainConfig, bool]:
             average = all_reduce(buffer.clone()) / world()
             buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, average))
         step_unless(bad, optimizer)
+        bad = run.loss_scale.adapt(bad, values[0])
         optimizer.zero_grad(set_to_none=True)
         run.say_compiled(grad_norm)
         progress.step += 1
@@ -189,7 +191,7 @@ def train(argv) -> tuple[TrainConfig, bool]:
         # -- log, evaluate and save; the clock stands still for the last two
         last, line, progress.val_loss = progress.step == cfg.max_steps, {}, None
         if progress.step == 1 or progress.step % cfg.log_interval == 0 or last:
-            line = metrics.read(rates, run.flops_per_token)
+            line = metrics.read(rates, run.flops_per_token) | run.loss_scale.metrics()
             stop.hopeless = progress.bad_in_a_row >= cfg.max_bad_steps
         metrics.bar.update()
         evaluates = last or (cfg.eval_interval and progress.step % cfg.eval_interval == 0)
@@ -243,7 +245,7 @@ def batches(data, firsts, count, device):
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, device, autocast):
+def evaluate(model, data, cfg, device, dtype):
     """Mean loss of the first eval_batches micro-batches of validation text, under both routings: two floats.
 
     The batches are divided over the ranks, which run in step: one that has none left repeats the last, for nothing.
@@ -258,7 +260,7 @@ def evaluate(model, data, cfg, device, autocast):
     stream = batches(data, (min(number, n - 1) * count for number in numbers), count, device)
     for number, (x, y) in zip(numbers, stream, strict=True):
         for i, routing in enumerate(routings):
-            with autocast:
+            with autocast(device, dtype):
                 sums[i] += model(x, y, routing=routing).losses["lm"] * (number < n)
     model.train()
     if cfg.parallel == "fsdp":
@@ -311,8 +313,7 @@ class Run:
 
             bench.check(eval_argv(cfg))
         self.cfg, self.out_dir, self.sharded = cfg, Path(cfg.out_dir), cfg.parallel == "fsdp"
-        self.device, self.autocast = pick_device(cfg, local_rank(), world())
-        self.bf16 = isinstance(self.autocast, torch.autocast)
+        self.device, self.dtype = pick_device(cfg, local_rank(), world())
         if self.sharded and not dist.is_initialized():
             raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
         self.data, self.val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
@@ -321,12 +322,12 @@ class Run:
             raise ConfigError(f"data_dir={cfg.data_dir} is not the data that the checkpoint was trained on")
 
         torch.manual_seed(cfg.seed)
-        placed = {"device": self.device, "bf16": self.bf16, "offload": cfg.offload}
+        placed = {"device": self.device, "dtype": self.dtype, "offload": cfg.offload}
         shard = partial(parallel.shard, **placed) if self.sharded else None
         model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, "size" in train_set)
         model.gradient_checkpointing = cfg.gradient_checkpointing
         self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
-        self.teacher = open_teacher(cfg, model.config, self.device, self.bf16)
+        self.teacher = open_teacher(cfg, model.config, self.device, self.dtype)
         model.train()
         if not self.sharded:
             model.to(self.device)
@@ -338,6 +339,7 @@ class Run:
         if world() > 1 and not self.sharded:
             self.wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(model, cfg)
+        self.loss_scale = LossScale(self.dtype, self.device, saved.get("loss_scale"))
         self.micro_steps = cfg.grad_accum_steps // world()  # micro-batches of a step on this rank
 
         self.about = publish.facts(cfg.init_from, self.data.manifest, argv, saved.get("about"))  # for the card
@@ -349,7 +351,7 @@ class Run:
         self.progress = Progress()
         if self.resumed:
             self.restore(saved)
-        self.metrics = Metrics(cfg, self.progress, peak_flops(self.device, self.bf16))
+        self.metrics = Metrics(cfg, self.progress, peak_flops(self.device, self.dtype))
         self.flops_per_token = 0.0  # with all that training computes for it
         self.set_capacity()
         self.prepare_folder()
@@ -399,8 +401,8 @@ class Run:
         epochs = cfg.max_steps * per_step / data.tokens
         say(f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {per_step:,} read {epochs:.2f} epochs")
         sharded = ", sharded" if self.sharded else ""
-        say(f"{self.device}, {world()} rank(s){sharded}, {'bfloat16' if self.bf16 else 'float32'}")
-        parts = parallel.memory(model, cfg, world(), self.micro_steps, self.bf16)
+        say(f"{self.device}, {world()} rank(s){sharded}, {str(self.dtype).removeprefix('torch.')}")
+        parts = parallel.memory(model, cfg, world(), self.micro_steps, self.dtype)
         if self.teacher:
             parts["teacher"] = sum(p.nbytes for p in self.teacher.parameters())
         total = f"{sum(parts.values()) / 1e9:.2f} GB = "
@@ -408,7 +410,7 @@ class Run:
         for group in self.optimizer.param_groups:
             n, rate, decay = sum(p.numel() for p in group["params"]), group["peak"], group["weight_decay"]
             say(f"  {group['name']:13} {n:13,} parameters, rate {rate:g}, weight decay {decay:g}")
-        if self.device.type == "cuda" and self.bf16 and not self.metrics.peak:
+        if self.device.type == "cuda" and self.dtype == torch.bfloat16 and not self.metrics.peak:
             say(f"warning: no MFU, because {device_name(self.device)} is not in PEAK_FLOPS")
         if self.resumed:
             say(f"resumed from {self.resumed}")
@@ -449,7 +451,7 @@ class Run:
     def validate(self) -> dict:
         """The validation metrics; every rank calls it."""
         progress = self.progress
-        topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.autocast)
+        topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.dtype)
         if math.isfinite(topk):
             progress.val_loss = topk
             progress.best_val_loss = topk if progress.best_val_loss is None else min(topk, progress.best_val_loss)
@@ -479,6 +481,7 @@ class Run:
             "world_size": world(),
             "torch": torch.__version__,
             "optimizer": type(self.optimizer).__name__,
+            "loss_scale": self.loss_scale.state(),
             "config": {"train": asdict(cfg), "model": self.model_config},
             "about": dict(self.about),
         }
@@ -622,11 +625,10 @@ def another_tokenizer(source, data_dir):
     return vocabulary(files[0]) != vocabulary(files[1])
 
 
-def open_teacher(cfg, model_cfg, device, bf16):
+def open_teacher(cfg, model_cfg, device, dtype):
     """The dense model to distil from, frozen, or None without distill_from. Raises ConfigError, ModelError."""
     if not cfg.distill_from:
         return None
-    dtype = torch.bfloat16 if bf16 else torch.float32
     teacher = Transformer.from_pretrained(cfg.distill_from, dtype=dtype).to(device).requires_grad_(False)
     found = []
     if teacher.config.architecture != "dense":

@@ -15,6 +15,7 @@ from test_train import ARCHITECTURES, VOCAB, common, data, without_clock  # noqa
 import checkpoint
 import parallel
 import train
+from device import autocast
 from errors import CheckpointError, ConfigError, ModelError
 from model import ModelConfig, Transformer
 
@@ -96,7 +97,7 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     control = ["--init_from=scratch", "--architecture=mod", "--router=random", "--hidden_size=32", "--max_steps=3"]
     two += [job("control", "mod", *control)]
     two += [job("offload", "dtf", fsdp, "--offload")]
-    two += [job("bf16", architecture, fsdp, "--dtype=bfloat16") for architecture in ("dtf", "stt")]
+    two += [job("half", "dtf", fsdp, "--dtype=bfloat16"), job("half", "stt", fsdp, "--dtype=float16")]
     torchrun(folder, 2, two)
     four = [job("ddp4", architecture) for architecture in ARCHITECTURES]
     torchrun(folder, 4, four)
@@ -121,13 +122,13 @@ def test_offloaded_ranks_are_one_too(runs):
 
 
 @pytest.mark.parametrize("architecture", ["dtf", "stt"])
-def test_sharded_bfloat16_keeps_float32_masters(architecture, runs):
+def test_sharded_half_precision_keeps_float32_masters(architecture, runs):
     """Losses near those of float32; steps of 1e-3 of a weight would be lost in bfloat16, and are not in what is saved."""
-    one, bf16 = (
-        [line["train/loss"] for line in without_clock(runs / kind / architecture)[1:]] for kind in ("one", "bf16")
+    one, half = (
+        [line["train/loss"] for line in without_clock(runs / kind / architecture)[1:]] for kind in ("one", "half")
     )
-    assert bf16 == pytest.approx(one, rel=0.03) and bf16 != one and bf16[-1] < bf16[0]
-    model = Transformer.from_pretrained(runs / "bf16" / architecture / "final_model")
+    assert half == pytest.approx(one, rel=0.03) and half != one and half[-1] < half[0]
+    model = Transformer.from_pretrained(runs / "half" / architecture / "final_model")
     weight = model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32 and (weight != weight.bfloat16().float()).float().mean() > 0.9
 
@@ -223,9 +224,9 @@ def test_gradients_are_clipped_as_torch_clips_them():
         assert torch.equal(mine.grad, other.grad)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_activations_are_what_autograd_keeps(architecture, bf16):
+def test_activations_are_what_autograd_keeps(architecture, dtype):
     """The formula against the bytes of the storages that autograd saves in the trunk, parameters and their casts aside."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     cfg = ModelConfig(architecture, vocab_size=64, num_hidden_layers=8, capacity=0.25, **shape)
@@ -236,13 +237,15 @@ def test_activations_are_what_autograd_keeps(architecture, bf16):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours and not (bf16 and tensor.ndim == 2 and tensor.numel() in sizes):
+        if storage.data_ptr() not in ours and not (
+            dtype.itemsize == 2 and tensor.ndim == 2 and tensor.numel() in sizes
+        ):
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: no address is used twice
         return tensor
 
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+    context = autocast(torch.device("cpu"), dtype)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         model.model(torch.randint(0, 64, (4, 256)))
     saved = sum(size for size, _ in storages.values())
-    estimate = parallel.activations(model, 4, 256, bf16, sharded=False, checkpointing=False)
+    estimate = parallel.activations(model, 4, 256, dtype, sharded=False, checkpointing=False)
     assert estimate == pytest.approx(saved, rel=0.06)

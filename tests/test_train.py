@@ -1,5 +1,6 @@
 """The training loop: its numbers against independent ones, one run on any number of ranks, stopped, resumed, poisoned."""
 
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from device import peak_flops
 from errors import CheckpointError, ModelError, TrainError
 from metrics import spikes
 from model import ModelConfig, Transformer
-from optimizer import lr_scale, param_groups, step_unless
+from optimizer import LossScale, lr_scale, param_groups, step_unless
 from sources import read_sources
 
 ARCHITECTURES = ("dense", "mod", "dtf", "stt")
@@ -390,6 +391,41 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
 
 
+@pytest.mark.parametrize("architecture", ["mod", "stt"])
+def test_float16_learns_as_float32_does(architecture, data, start, runs, tmp_path, monkeypatch):
+    """From a scale at which gradients overflow: it halves until they do not, which is no bad step; resumed to the bit."""
+    monkeypatch.setattr(LossScale, "FIRST", 2.0**22)
+    keys = [f"--init_from={start / architecture}", "--dtype=float16", "--max_steps=16", "--save_interval=1"]
+    train.main([*common(data), *keys, "--keep_last=99", f"--out_dir={tmp_path / 'run'}"])
+    lines = {line["step"]: line for line in metrics(tmp_path / "run")}
+    overflows = int(lines[16]["overflow_steps"])
+    assert 1 <= overflows < 10 and lines[16]["loss_scale"] == 2.0 ** (22 - overflows)
+    assert lines[16]["bad_steps"] == 0 and not any("spikes" in line for line in lines.values())
+    weights = [Transformer.from_pretrained(tmp_path / f"run/step_{n:07d}").state_dict() for n in range(1, 17)]
+    moved = sum(not all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights))
+    assert moved == 16 - overflows  # the first step, of which we have no weights before, overflowed
+    train.main(
+        [*common(data), f"--init_from={start / architecture}", "--max_steps=16", f"--out_dir={tmp_path / 'float32'}"]
+    )
+    exact = [line["val/loss"] for line in metrics(tmp_path / "float32") if "val/loss" in line]
+    halves = [line["val/loss"] for line in lines.values() if "val/loss" in line]
+    assert halves[0] == pytest.approx(exact[0], abs=2e-3) and halves[-1] < halves[0] - 0.1
+    resumed = cut_back(tmp_path / "run", tmp_path / "resumed", 7)
+    train.main([f"--resume={resumed}"])
+    assert_same_run(tmp_path / "run", resumed)
+
+
+def test_the_loss_scale_doubles_after_long_enough_without_an_overflow_and_ends_at_one():
+    scale = LossScale(torch.float16, torch.device("cpu"), {"loss_scale": 4.0, "overflow_steps": 0.0, "good": 0.0})
+    good, bad, finite, nan = torch.tensor(0.0), torch.tensor(1.0), torch.tensor(3.0), torch.tensor(math.nan)
+    for step in range(LossScale.INTERVAL + 1):
+        assert scale.metrics()["loss_scale"] == (8.0 if step == LossScale.INTERVAL else 4.0)
+        assert scale.adapt(good, finite) == 0
+    assert scale.adapt(bad, nan) == 1 and scale.metrics()["loss_scale"] == 8.0  # the loss itself: no scale helps
+    assert [int(scale.adapt(bad, finite)) for _ in range(4)] == [2, 2, 2, 1]
+    assert scale.metrics() == {"loss_scale": 1.0, "overflow_steps": 3.0}
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -684,15 +720,15 @@ def test_a_resumed_run_takes_keys_that_need_others_of_it(runs, tmp_path):
 
 
 def test_peak_flops_are_of_the_named_device_or_none(monkeypatch):
-    def peak(name, bf16=True):
+    def peak(name, dtype=torch.bfloat16):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        return peak_flops(torch.device("cuda"), bf16)
+        return peak_flops(torch.device("cuda"), dtype)
 
     assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("NVIDIA A10G") == 70e12 and peak("NVIDIA A10") == 125e12
     for other in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L400"):
         assert peak(other) is None
-    assert peak("NVIDIA H200", bf16=False) is None
+    assert peak("NVIDIA H200", dtype=torch.float32) is None
 
 
 def test_ranks_must_divide_the_accumulation(data):
@@ -794,11 +830,11 @@ def test_configs_of_billions_are_sharded_and_fit(architecture, size, parameters)
     with torch.device("meta"):
         model = Transformer(ModelConfig.preset(size, **model_keys))
     assert parameters < sum(p.numel() for p in model.parameters()) < 1.01 * parameters
-    parts = parallel.memory(model, cfg, 8, cfg.grad_accum_steps // 8, bf16=True)
+    parts = parallel.memory(model, cfg, 8, cfg.grad_accum_steps // 8, dtype=torch.bfloat16)
     assert f"{architecture} {sum(parts.values()) / 1e9:.0f} GB" in " ".join(Path(path).read_text().split())
     assert sum(parts.values()) < 64e9
     whole = parallel.memory(
-        model, train.TrainConfig(**keys | {"parallel": "ddp"}), 8, cfg.grad_accum_steps // 8, bf16=True
+        model, train.TrainConfig(**keys | {"parallel": "ddp"}), 8, cfg.grad_accum_steps // 8, dtype=torch.bfloat16
     )
     assert whole["optimizer"] == pytest.approx(8 * parts["optimizer"]) == pytest.approx(8 * parameters, rel=0.01)
 
