@@ -161,10 +161,10 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device, dtype = pick_device(cfg, local_rank(), world())
+    device, dtype = pick_device(cfg.device, cfg.dtype, local_rank(), world())
     model = tokenizer = None
     if cfg.model_path:
-        model, tokenizer = open_model(cfg.model_path, str(device))
+        model, tokenizer = open_model(cfg.model_path, device)
     document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)

@@ -5,7 +5,6 @@ A run is given as its model directory and its settings, {key of train.py: value}
 
 import statistics
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
@@ -19,7 +18,7 @@ ROUNDS = 8  # of every measurement, the first does not count
 
 def device_of(settings: dict):
     """The device and the number format of a run."""
-    return pick_device(SimpleNamespace(device=settings.get("device", "auto"), dtype=settings.get("dtype", "auto")))
+    return pick_device(settings.get("device", "auto"), settings.get("dtype", "auto"))
 
 
 def opened(path, settings: dict):

@@ -45,8 +45,8 @@ def peak_flops(device, dtype: torch.dtype) -> float | None:
     return next(known, None)
 
 
-def pick_device(cfg, local_rank: int = 0, world: int = 1):
-    """The device and the number format of this rank, from cfg.device and cfg.dtype ("auto": the best that is there).
+def pick_device(device: str, dtype: str = "auto", local_rank: int = 0, world: int = 1):
+    """The device and the number format of this rank ("auto": the best that is there).
 
     Raises ConfigError for a device that is not there.
     """
@@ -55,10 +55,10 @@ def pick_device(cfg, local_rank: int = 0, world: int = 1):
         "mps": torch.backends.mps.is_available() and world == 1,  # it has no collectives
         "cpu": True,
     }
-    name = next(kind for kind in available if available[kind]) if cfg.device == "auto" else cfg.device
+    name = next(kind for kind in available if available[kind]) if device == "auto" else device
     if not available.get(name):
         found = ", ".join(kind for kind in available if available[kind])
-        raise ConfigError(f"device={cfg.device!r} is not available here: {found}")
+        raise ConfigError(f"device={device!r} is not available here: {found}")
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"rank {local_rank} finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
@@ -66,8 +66,8 @@ def pick_device(cfg, local_rank: int = 0, world: int = 1):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if name == "cpu":
         keep_heap()
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    return device, getattr(torch, fastest_dtype(name) if cfg.dtype == "auto" else cfg.dtype)
+    place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return place, getattr(torch, fastest_dtype(name) if dtype == "auto" else dtype)
 
 
 def fastest_dtype(kind: str) -> str:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import Count, cli, configure, problems
 from data import TokenData
-from device import device_name
+from device import device_name, pick_device
 from errors import CheckpointError, ConfigError
 from figures import COLOURS, STYLE, colours, label_ends, markdown_table, print_table, routing_map, save_figure, si
 from files import write_whole
@@ -215,7 +215,7 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
     """Writes report.md with its pictures into `out`, and prints its table."""
     models, tokenizers = {}, {}
     for name, folder in folders.items():
-        models[name], tokenizers[name] = open_model(folder, cfg.device)
+        models[name], tokenizers[name] = open_model(folder, pick_device(cfg.device)[0])
     sources = {name: data_of(folder) for name, folder in folders.items()}
     if len(set(sources.values())) > 1:
         raise ConfigError(f"the runs were trained on different data or sequence lengths: {sources}")
@@ -310,7 +310,7 @@ class Selection:
 @torch.inference_mode()
 def selection_of(folder: str, cfg: PlotConfig) -> Selection:
     """What the model of a run selects of the validation text that it was trained with."""
-    model, tokenizer = open_model(folder, cfg.device)
+    model, tokenizer = open_model(folder, pick_device(cfg.device)[0])
     layers = model.config.routed_layers
     if not layers:
         raise ConfigError(f"{folder} is a dense model: it routes nothing")

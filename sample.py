@@ -3,6 +3,7 @@
     python sample.py --model_path=out/quickstart --prompt="def main("
     python sample.py --model_path=out/demo/dtf --show_routing
     python sample.py --model_path=out/demo/dtf --text=README.md --html=out/readme.html
+    python sample.py --model_path=Qwen/Qwen2.5-0.5B-Instruct --chat --prompt="What is the capital of France?"
 
 Generation and every view use causal routing: what is shown is what inference does. T tokens.
 """
@@ -24,10 +25,22 @@ from typing import Annotated
 import torch
 
 from configurator import Amount, Count, NonNegative, Range, cli, configure, problems
+from device import Dtype, pick_device
 from errors import ConfigError
 from figures import routing_map, save_figure
 from files import write_whole
-from trained import PICTURES, Trace, continuations, encode, open_model, read_text, token_texts, trace, visible
+from trained import (
+    PICTURES,
+    Trace,
+    chat_prompt,
+    continuations,
+    encode,
+    open_model,
+    read_text,
+    token_texts,
+    trace,
+    visible,
+)
 
 VIEW_TOKENS = 20_000  # tokens that a browser still scrolls smoothly
 PAGE = Path(__file__).with_name("page.html")
@@ -40,6 +53,7 @@ SHADES = (231, 195, 153, 117, 75, 33, 26, 19, 17)
 class SampleConfig:
     model_path: str = "out/quickstart"  # a model directory or hub id, or a run: its final_model, else its newest step
     prompt: str = "def main("  # text to continue; empty: a new document
+    chat: bool = False  # the prompt is a user's message in the model's chat template, and only the reply is printed
     max_new_tokens: Amount = 200  # tokens to generate
     temperature: NonNegative = 0.8  # 0 is greedy
     top_k: Amount = 50  # draw from the k most probable tokens only; 0: from all
@@ -51,6 +65,8 @@ class SampleConfig:
     text: str = ""  # a UTF-8 text file to look at instead of generating; with --show_routing or --html
     html: str = ""  # write a page here that shows the text shaded by compute, with every token's details
     device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Dtype = "auto"  # of the weights; auto: on CUDA bfloat16, float16 where it has none
+    compile: bool = False  # torch.compile for the steps of generation: minutes at first, then faster
 
     def __post_init__(self):
         found = problems(self)
@@ -58,6 +74,8 @@ class SampleConfig:
             found.append(f"png={self.png} must end in .png, .pdf or .svg")
         if self.text and not (self.html or self.show_routing):
             found.append(f"text={self.text} is only looked at: add --html=out.html or --show_routing")
+        if self.text and self.chat:
+            found.append(f"chat=True generates, and text={self.text} is only looked at: drop one of them")
         if found:
             raise ConfigError("; ".join(found))
 
@@ -152,32 +170,39 @@ def numbers(values: torch.Tensor) -> list[float | None]:
     return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
 
 
-def generate(model, tokenizer, cfg: SampleConfig) -> tuple[list[torch.Tensor], str]:
-    """The continuations of the prompt that `cfg` asks for, and a line that says how fast they came."""
+def generate(model, tokenizer, cfg: SampleConfig) -> tuple[int, list[torch.Tensor], str]:
+    """The prompt's tokens, the continuations that `cfg` asks for, and a line that says how fast they came."""
     torch.manual_seed(cfg.seed)
-    prompt = encode(model, tokenizer, cfg.prompt)
+    if cfg.chat:
+        prompt = chat_prompt(cfg.model_path, cfg.prompt)
+    else:
+        prompt = encode(model, tokenizer, cfg.prompt)
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": cfg.top_p}
     start = time.perf_counter()
     sequences = continuations(model, prompt, cfg.max_new_tokens, cfg.num_samples, **sampling)
     seconds = time.perf_counter() - start
     new = sum(len(ids) - len(prompt) for ids in sequences)
-    return sequences, f"{new} tokens in {seconds:.3f} s, {new / seconds:,.0f} tokens/s"
+    return len(prompt), sequences, f"{new} tokens in {seconds:.3f} s, {new / seconds:,.0f} tokens/s"
 
 
 def main(argv: list[str]):
     (settings,) = configure(__doc__, argv, SampleConfig)
     cfg = SampleConfig(**settings)
     text = read_text(cfg.text) if cfg.text else None
-    model, tokenizer = open_model(cfg.model_path, cfg.device)
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    model, tokenizer = open_model(cfg.model_path, device)
+    model.to_dtype(dtype)
+    if cfg.compile:
+        model.compile_decoding()
     blocks, terminal = len(model.config.routed_layers), sys.stdout.isatty()
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     if cfg.text:
-        ids, speed = encode(model, tokenizer, text), None
+        ids, given, speed = encode(model, tokenizer, text), 0, None
         if len(ids) > VIEW_TOKENS:
             print(f"looking at the first {VIEW_TOKENS:,} of {len(ids):,} tokens", file=sys.stderr)
         sequences = [ids[:VIEW_TOKENS]]
     else:
-        sequences, speed = generate(model, tokenizer, cfg)
+        given, sequences, speed = generate(model, tokenizer, cfg)
     texts = [token_texts(tokenizer, ids.tolist()) for ids in sequences]
     show = cfg.show_routing and blocks > 0
     seen = sequences if show else sequences[:1] if cfg.html else []  # a page shows the first
@@ -190,7 +215,10 @@ def main(argv: list[str]):
             print(paint(texts[n], traces[n].entered, blocks, terminal))
             print(decisions(traces[n]))
         elif not cfg.text:
-            print("".join(texts[n]).translate(PICTURES) if terminal else "".join(texts[n]))
+            said = texts[n]
+            if cfg.chat:  # the reply, without the token that ends it
+                said = said[given : len(said) - (sequences[n][-1].item() in model.config.ends)]
+            print("".join(said).translate(PICTURES) if terminal else "".join(said))
     if speed:
         print(f"\n{speed}")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from errors import ConfigError, ModelError, first_line
+from errors import ConfigError, ModelError
 from model import Transformer
 from tokenizer import byte_alphabet, start_and_ends
 from weights import find_model
@@ -28,7 +28,7 @@ def model_directory(path: str) -> str:
     return find_model(path)
 
 
-def open_model(path: str, device: str = "auto"):
+def open_model(path: str, device="cpu"):
     """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device`.
 
     The tokenizer also has a `start`, the id before a text, and `ends`, the ids behind one.
@@ -47,12 +47,7 @@ def open_model(path: str, device: str = "auto"):
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text, as in training
     tokenizer.start, tokenizer.ends = start_and_ends(tokenizer_path)
     model.config.eos_token_id = tokenizer.ends
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} cannot be used: {first_line(error)}") from None
+    return model.to(device), tokenizer
 
 
 def read_text(path: str) -> str:
@@ -74,6 +69,21 @@ def encode(model, tokenizer, text: str) -> torch.Tensor:
     ids = ids or [tokenizer.start]
     if max(ids) >= model.config.vocab_size:
         raise ModelError(f"the tokenizer gives id {max(ids)}, the model's vocabulary ends at {model.config.vocab_size}")
+    return torch.tensor(ids)
+
+
+def chat_prompt(path: str, message: str) -> torch.Tensor:
+    """Ids (T) of a user's message in the chat template of the model at `path`, up to where the reply begins.
+
+    Raises ConfigError where it has no template.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    directory = model_directory(path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory)
+    if not theirs.chat_template:
+        raise ConfigError(f"{directory} has no chat template (chat_template.jinja): leave --chat out")
+    ids = theirs.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)["input_ids"]
     return torch.tensor(ids)
 
 

@@ -136,6 +136,28 @@ def test_generation_stops_where_the_files_say_that_a_text_ends(tmp_path):
     assert any(token in ends for row in free for token in row[:-1])  # () is none: rows go on behind an end
 
 
+def test_a_chat_is_the_template_around_the_prompt_and_only_the_reply_is_printed(tmp_path, monkeypatch, capsys):
+    model = save_model(tmp_path, "mod")
+    turn = "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}))
+    arguments = [f"--model_path={tmp_path}", "--chat", "--prompt=def main(", "--max_new_tokens=30", "--temperature=0"]
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2 and "has no chat template (chat_template.jinja): leave --chat out" in err
+    (tmp_path / "chat_template.jinja").write_text(turn + "{% if add_generation_prompt %} →{% endif %}")
+    rendered = [0, *TOKENIZER.encode("user: def main( →").ids]
+    new = model.generate(torch.tensor([rendered]), 30)[0, len(rendered) :].tolist()
+    end = next(n for n in range(2, 30) if new[n] not in new[:n])
+    for ends, reply in (([1], new), ([1, new[end]], new[: end + 1])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        status, out, _ = run(monkeypatch, capsys, *arguments)
+        said = trained.token_texts(TOKENIZER, reply)
+        said = "".join(said[:-1] if reply[-1] in ends else said)  # what ends it is not printed
+        assert status == 0 and out.startswith(f"{said}\n\n{len(reply)} tokens in") and 1 not in new
+    for dtype in ("bfloat16", "float16"):
+        status, out, _ = run(monkeypatch, capsys, *arguments, f"--dtype={dtype}")
+        assert status == 0 and out.count("tokens/s") == 1
+
+
 def test_continuations_end_with_the_end_of_text():
     model = small_model("mod", vocab_size=VOCABULARY, eos_token_id=0)
     prompt = torch.tensor(TOKENIZER.encode("def main(").ids)
@@ -382,6 +404,8 @@ def test_script_on_a_dense_model_says_that_it_routes_nothing(tmp_path, monkeypat
         (["--model_path=out/never_trained"], "no model in out/never_trained: train one with"),
         (["--model_path={}/empty"], "no model in"),
         (["--model_path={}/bare"], "tokenizer.json is missing"),
+        (["--text=README.md", "--html=a.html", "--chat"], "chat=True generates, and text=README.md is only looked at"),
+        (["--dtype=float8"], "dtype='float8' is not one of auto, float32"),
         (["--model_path={}/broken"], "broken/tokenizer.json is no tokenizer"),
         (["--model_path={}/narrow"], "the model's vocabulary ends at 50"),
         (["--temperature=-1"], "temperature=-1.0 must not be negative"),
@@ -395,7 +419,7 @@ def test_script_on_a_dense_model_says_that_it_routes_nothing(tmp_path, monkeypat
         (["--text={}/latin.txt"], "add --html=out.html or --show_routing"),
         (["--text={}/latin.txt", "--html={}/out.html"], "latin.txt is not UTF-8: byte 3 is 0xe9"),
         (["--text={}/no.txt", "--html={}/out.html"], "no.txt"),
-        (["--device=abacus"], "device='abacus' cannot be used"),
+        (["--device=abacus"], "device='abacus' is not available here: cpu"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
