@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
-from configurator import NonNegative, Range, convert, problems
+from configurator import Count, NonNegative, Range, convert, problems
 from errors import ConfigError, DataError, first_line
 
 TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
@@ -40,6 +40,7 @@ class Source:
     text: str = "text"  # column, or a template over columns
     join: str | None = None  # regular expression: a row that matches begins a document (none: every row is one)
     share: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # part of `split` taken: the first rows of each file
+    files: Count | None = None  # files of `split` taken, the first ones (none: all): of a vast data set, enough
     weight: NonNegative | None = None  # part of the training stream, relative to the others (none: its million tokens)
     revision: str | None = None  # commit, tag or branch (none: the newest)
 
@@ -49,6 +50,8 @@ class Source:
             found.append("weight=inf is no part of a stream")
         if self.input and self.share < 1:
             found.append(f"share={self.share} is for data sets of the hub: local files are read whole")
+        if self.input and self.files:
+            found.append(f"files={self.files} is for data sets of the hub: name fewer local files")
         if bool(self.id) == bool(self.input):
             found.append("set either id, a data set of the hub, or input, local files")
         try:
@@ -171,6 +174,7 @@ def hub_units(source):
         if not re.fullmatch("[0-9a-f]{40}", commit or ""):
             commit = HfApi().dataset_info(source.id, revision=commit).sha
         units = split_units(source, source.split, "train" if source.val_split else None, source.share, commit)
+        units = units[: source.files]
         if source.val_split:
             units += split_units(source, source.val_split, "val", 1.0, commit)
         return units

@@ -346,7 +346,7 @@ def test_a_mixture_changes_without_reading_again(mixture, tmp_path):
 def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
     hub, out, _ = mixture
     config = tmp_path / "c.py"
-    config.write_text(Path("config/mixture.py").read_text() + "sources = [sources[1], sources[-1]]\n")
+    config.write_text(Path("config/mixture.py").read_text() + "sources = [sources[1], sources[-1] | {'files': 3}]\n")
     launcher = "import prepare, sources; sources.RETRIES = 2; prepare.cli(prepare.main)"
     argv = [sys.executable, "-c", launcher, str(config), f"--out_dir={tmp_path}/d", "--num_proc=1"]
     options = {"env": os.environ | hub, "capture_output": True, "text": True}
@@ -367,6 +367,7 @@ def test_a_source_that_fails_is_named_and_leaves_the_others(mixture, tmp_path):
     hub.server.fail = lambda method, path: None
     assert done.returncode == 0 and "attempt 2 of 2 follows" in done.stdout
     assert sealed.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d/train").iterdir()}.items()
+    assert read_manifest(tmp_path / "d")["sources"]["TinyStories"]["train"]["documents"] == 600  # 3 of its 4 files
     for file in (tmp_path / "d").rglob("*.bin"):
         assert file.read_bytes() == (out / file.relative_to(tmp_path / "d")).read_bytes()
 
@@ -416,6 +417,7 @@ for source in json.loads(sys.argv[1]):
         ({"id": "a/b", "shrae": 1}, "sources[0]: unknown key 'shrae'; did you mean share?"),
         ({"id": "a/b", "share": "half"}, "sources[0]: share: 'half' is not float"),
         ({"id": "a/b", "share": 0}, "share=0.0 must lie in (0, 1]"),
+        ({"input": ["README.md"], "files": 2}, "files=2 is for data sets of the hub: name fewer local files"),
         ({"id": "a/b", "weight": -1}, "weight=-1.0 must not be negative"),
         ({"name": "x"}, "sources[0]: set either id, a data set of the hub, or input, local files"),
         ({"id": "a/b", "join": "("}, "sources[0]: join='(' is no regular expression: "),
