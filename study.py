@@ -4,8 +4,9 @@
     python study.py config/study_scratch.py --report             of what is finished, without running anything
 
 A study that was killed, or stopped by Ctrl-C or SIGTERM, goes on where it stopped: a finished run is never repeated, and
-what was measured is kept in the run's folder. A run that fails is named with the last line of its log, the others go on;
-the exit status is then 1.
+what was measured is kept in the run's folder, and in the results: a run that stands there needs its folder no more, so that
+a study goes on on another machine. A run that fails is named with the last line of its log, the others go on; the exit
+status is then 1.
 """
 
 import fcntl
@@ -35,7 +36,7 @@ import costs
 from configurator import Count, cli, configure, problems
 from data import read_manifest
 from device import device_name
-from errors import ConfigError, UserError
+from errors import ConfigError, UserError, first_line
 from files import write_whole
 from model import SIZES, ModelConfig, Transformer
 from parallel import say
@@ -101,12 +102,17 @@ class Run:
     folder: Path
     command: list[str]  # without the name of Python
     settings: dict  # DEFAULTS and every key of train.py that config files and study give, as JSON holds them
+    recorded: dict | None = None  # what an earlier report says of it
 
     def __post_init__(self):
         self.name, self.log = self.folder.name, self.folder.with_name(f"{self.folder.name}.log")
         self.model = self.folder / "final_model"
         factors = ("max_steps", "batch_size", "grad_accum_steps", "seq_len")
         self.tokens = math.prod(self.settings[key] for key in factors)
+
+    @property
+    def finished(self) -> bool:
+        return self.model.exists() or self.recorded is not None
 
     def kept(self, name: str) -> dict:
         """A JSON file of the run's folder, empty where it is not there."""
@@ -138,6 +144,7 @@ def plan(cfg: StudyConfig) -> list[Run]:
             found.append(f"arm {arm}: {e}")
     if found:
         raise ConfigError("; ".join(found))
+    recorded = {(run["arm"], run["seed"]): run for run in reported(cfg).get("runs", [])}
     runs = []
     for seed in cfg.seeds:
         for arm, keys in keys_of.items():
@@ -145,8 +152,16 @@ def plan(cfg: StudyConfig) -> list[Run]:
             command = ["train.py", *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
             command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
             settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
-            runs.append(Run(arm, seed, folder, command, settings))
+            runs.append(Run(arm, seed, folder, command, settings, recorded.get((arm, seed))))
     return runs
+
+
+def reported(cfg: StudyConfig) -> dict:
+    """The document of the last report, empty before the first. Raises ConfigError."""
+    try:
+        return json.loads(Path(cfg.results).read_text()) if os.path.exists(cfg.results) else {}
+    except ValueError as e:
+        raise ConfigError(f"results={cfg.results} is damaged: {first_line(e)}; remove it, or put it back") from None
 
 
 def read_config(path: str) -> dict:
@@ -186,14 +201,17 @@ def refuse_changed(cfg: StudyConfig, runs: list[Run]):
     changed = []
     for run in runs:
         foreign = run.model.exists()  # unless the study says that it is its own
-        before = run.kept("study.json").get("settings", {} if foreign else run.settings)
+        known = run.recorded["settings"] if run.recorded else {} if foreign else run.settings
+        before = run.kept("study.json").get("settings", known)
         keys = [key for key in before | run.settings if before.get(key) != run.settings.get(key)]
         if keys:
             what = ", ".join(f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys)
             changed.append(f"{run.name}: {what}")
     if changed:
-        cure = "set them back, remove these folders, or name another --out_dir"
-        raise ConfigError(f"{cfg.out_dir} holds runs with other settings: {'; '.join(changed)}; {cure}")
+        cure = f"set them back, remove these folders and {cfg.results}, or name another --out_dir and --results"
+        raise ConfigError(
+            f"{cfg.out_dir} or {cfg.results} holds runs with other settings: {'; '.join(changed)}; {cure}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,21 +323,21 @@ def progress(runs: list[Run], running: list[str], jobs: int) -> str:
             rates.setdefault(run.arm, []).append(latest[run.name]["tokens_per_s"])
     mean = statistics.fmean(rate for of_arm in rates.values() for rate in of_arm) if rates else 0
     for run in runs:
-        if not run.model.exists() and rates:
+        if not run.finished and rates:
             rate = latest[run.name].get("tokens_per_s") or statistics.fmean(rates.get(run.arm, [mean]))
             left += (run.tokens - latest[run.name].get("tokens", 0)) / rate
     now = ", ".join(
         f"{name} step {latest[name].get('step', 0)} at {latest[name].get('tokens_per_s', 0):,.0f} tokens/s"
         for name in running
     )
-    done = f"{sum(run.model.exists() for run in runs)} of {len(runs)} runs"
+    done = f"{sum(run.finished for run in runs)} of {len(runs)} runs"
     return f"{done}; {now}; {tqdm.format_interval(left / jobs) if rates else '?'} left"
 
 
 def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
     """Brings every run to its end, `jobs` at a time: {run that failed: why}. Exits where the study is stopped."""
     failed, said, terminal = {}, time.monotonic(), sys.stderr.isatty()
-    waiting = [run for run in runs if not run.model.exists() or unjudged(cfg, run)]
+    waiting = [run for run in runs if not run.finished or (run.model.exists() and unjudged(cfg, run))]
     children = Children(cfg.threads)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         futures = {pool.submit(complete, cfg, run, children): run for run in waiting}
@@ -347,7 +365,8 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
 
 
 def measure(cfg: StudyConfig, finished: list[Run]):
-    """Everything that is not measured yet: costs of every run, speeds of the first run of an arm."""
+    """Everything that is not measured yet and whose model is here: costs of every run, speeds of the first of an arm."""
+    finished = [run for run in finished if run.model.exists()]
     torch.set_num_threads(cfg.threads)
     for run in finished:
         if not run.kept("costs.json"):
@@ -368,6 +387,8 @@ def measure(cfg: StudyConfig, finished: list[Run]):
 
 def record(cfg: StudyConfig, run: Run) -> dict:
     """What the results keep of a finished run; see comparison.py."""
+    if not run.model.exists():
+        return run.recorded
     curve, seconds, tokens = [], 0.0, 0
     for line in run.metrics():
         if "tokens_per_s" in line:  # of the steps since the last such line
@@ -380,6 +401,7 @@ def record(cfg: StudyConfig, run: Run) -> dict:
     losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
     about, last = run.kept("study.json"), curve[-1]
     document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
+    document["settings"] = run.settings
     document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
     return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
 
@@ -397,7 +419,11 @@ def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
     document = {"reference": cfg.reference, "axis": cfg.axis, "threads": cfg.threads, "judge_tokens": cfg.judge_tokens}
     document |= {"processor": processor(finished[0]), "torch": torch.__version__}
-    document["speeds"] = {run.arm: run.kept("speed.json").get("speeds", {}) for run in reversed(finished)}
+    before = reported(cfg)
+    document["speeds"] = {
+        run.arm: run.kept("speed.json").get("speeds") or before.get("speeds", {}).get(run.arm, {})
+        for run in reversed(finished)
+    }
     return document | {"runs": [record(cfg, run) for run in finished]}
 
 
@@ -407,7 +433,7 @@ def main(argv: list[str]):
     runs = plan(cfg)
     refuse_changed(cfg, runs)
     failed = {} if cfg.report else execute(cfg, runs)
-    finished = [run for run in runs if run.model.exists()]
+    finished = [run for run in runs if run.finished]
     if not cfg.report:
         measure(cfg, finished)
     if finished:

@@ -108,7 +108,9 @@ def test_changed_settings_are_refused_with_the_cure(folder, finished):
         text = path.read_text()
         path.write_text(text.replace(old, new))
         try:
-            with pytest.raises(ConfigError, match=r"half-1: \w+ was .* and is now .*remove these folders, or name"):
+            with pytest.raises(
+                ConfigError, match=r"half-1: \w+ was .* and is now .*remove these folders and .*, or name"
+            ):
                 run(folder, "--report")
         finally:
             path.write_text(text)
@@ -154,6 +156,27 @@ def test_the_report_has_losses_costs_and_a_picture(folder, finished, capsys):
     assert first["curve"][-1]["causal"] == first["losses"]["validation"]["causal"]
     assert first["command"].startswith("train.py ") and first["git"] and document["processor"]
     assert 0 < first["seconds"] < 60 and first["costs"]["kv_bytes"] == 2 * 2 * 16 * 4  # 2 layers, k and v of 16 floats
+
+
+def test_another_machine_goes_on_from_the_results(folder, finished, tmp_path, capsys):
+    """Without the runs' folders: what is in the results is not run again, what is not there is."""
+    assert run(folder, "--report") == 0
+    before = json.loads((folder / "r.json").read_text())
+    kept = before | {"runs": [each for each in before["runs"] if (each["arm"], each["seed"]) != ("half", 2)]}
+    (tmp_path / "r.json").write_text(json.dumps(kept))
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    assert run(folder, *elsewhere, "--speed=false") == 1  # broken is broken here too
+    assert (
+        sorted(path.name for path in (tmp_path / "runs").glob("*/final_model/.."))
+        and not (tmp_path / "runs/dense-1").exists()
+    )
+    after = json.loads((tmp_path / "r.json").read_text())
+    assert after["speeds"] == before["speeds"] and len(after["runs"]) == 4
+    for one, other in zip(before["runs"], after["runs"], strict=True):
+        clocks = dict.fromkeys(("seconds", "command", "curve", "git"))
+        assert one | clocks == other | clocks  # a run repeated elsewhere has the same losses
+    with pytest.raises(ConfigError, match="half-1: lr_base was 0.01 and is now 0.02"):
+        run(folder, *elsewhere, "--common", str(RUN | SHAPE | {"lr_base": 0.02}))
 
 
 def test_a_log_that_another_process_writes_is_waited_for(folder, finished):
