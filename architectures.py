@@ -262,17 +262,14 @@ class ControlBlock(RoutedBlock):
         rank = routers.control_rank(router, self.index, ctx.positions, group).expand(
             B, T
         )  # of (T), or (B, 1) in a step
-        cut = self.capacity * routers.GROUP
+        cut = self.capacity * routers.GROUP - self.offset
         indices = None
         if ctx.mode == "packed" and ctx.lengths is None:
-            positions = routers.control_positions(router, self.index, T, self.capacity)
+            positions = routers.control_positions(router, self.index, T, cut / routers.GROUP)
             indices = torch.tensor(positions, dtype=torch.int64, device=x.device).expand(B, -1)
         notes.decision = Decision(rank < cut, f"{router} control", -rank.float(), -cut, indices)
         self.real(notes.decision, ctx, notes)
         return Score(None)
-
-    def shift_decision(self, margin):
-        self.capacity -= margin / routers.GROUP
 
 
 ARCHITECTURES: dict[str, type[Block]] = {"dense": Block, "mod": MoDBlock, "dtf": DynamicBlock, "stt": STTBlock}

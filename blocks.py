@@ -346,6 +346,7 @@ class RoutedBlock(Block):
         super().__init__(cfg, index)
         self.gate = cfg.gate or self.default_gate
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
+        self.offset = cfg.offsets[cfg.routed_layers.index(index)]  # what the causal decision's border is moved by
         if cfg.router == "learned":
             self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
         self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
@@ -440,9 +441,10 @@ class RoutedBlock(Block):
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""
         logits = self.causal_logits(x, ctx, notes)
         if self.config.causal_decision == "threshold":
-            decision = Decision(score > self.threshold, "average threshold", score, self.threshold)
+            rule, value, cut = "average threshold", score, self.threshold + self.offset
         else:
-            decision = Decision(logits > self.causal_cut, "causal router", logits, self.causal_cut)
+            rule, value, cut = "causal router", logits, self.causal_cut + self.offset
+        decision = Decision(value > cut, rule, value, cut)
         return self.real(decision, ctx, notes)
 
     def real(self, decision: Decision, ctx: Context, notes: Notes) -> Decision:
@@ -582,20 +584,7 @@ class RoutedBlock(Block):
         error = (guess.float() - update.detach().float()).square().mean(-1)  # (B, k)
         return error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
 
-    # -- moving the decision ------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def shift_decision(self, margin: float):
-        """From now on a token runs under causal routing where its `Decision.margin` was above `margin`."""
-        if self.config.causal_decision == "threshold":
-            self.threshold += margin
-        else:
-            self.causal_router.bias -= margin
-
-    def decision_state(self) -> dict[str, torch.Tensor]:
-        """What `shift_decision` moves, by its name in the layer; copies, for `load_state_dict(…, strict=False)`."""
-        names = ("causal_router.bias", "threshold")
-        return {name: tensor.clone() for name, tensor in self.state_dict().items() if name in names}
+    # -- learning the threshold ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update_threshold(self, kth_score: torch.Tensor):

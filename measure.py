@@ -53,21 +53,22 @@ def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], flo
     return {layer: ran / ids.numel() for layer, ran in tokens.items()}, size / ids.numel()
 
 
-@torch.inference_mode()
-def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
-    """Shifts the causal decision of every routed layer so that it selects the share `capacity` of the tokens of ids (B, T).
+@torch.no_grad()
+def calibrate(model: Transformer, ids: torch.Tensor, capacity: float, batch_size: int = 8):
+    """Moves the causal decision of every routed layer, its `offset`, so that it selects the share `capacity` of the tokens
+    of ids (B, T).
 
     Layer by layer, from below: what a layer selects changes what the next one reads.
     """
     for layer in model.routed:
         if model.config.causal_decision == "threshold":
             layer.threshold.nan_to_num_()  # where no training has set it there are no margins
-        _, notes = model.model(ids, "causal")
-        margins = notes[layer.index].decision.margin.flatten().sort().values
+        parts = [model.model(part, "causal")[1][layer.index].decision.margin for part in ids.split(batch_size)]
+        margins = torch.cat(parts).flatten().sort().values
         skipped = round((1 - capacity) * len(margins))
         below = margins[skipped - 1] if skipped else margins[0] - 16  # all, also of other text
         above = margins[min(skipped, len(margins) - 1)]
-        layer.shift_decision(((below + above) / 2).item())
+        layer.offset += ((below + above) / 2).item()
 
 
 class Decoder:

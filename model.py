@@ -79,6 +79,7 @@ class Shape:
     tie_word_embeddings: bool = True  # the head is the embedding
     eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
+    calibrated: dict | None = None  # {capacity: offset of each routed layer's causal decision}: see capacity_choices
     routed_layers: list[int] | Literal["auto"] | None = (
         None  # blocks that skip tokens (unset: every second one, from 1)
     )
@@ -136,6 +137,12 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
             found.append(f"capacity has {len(self.capacity)} values for {len(self.routed_layers)} routed layers")
+        if self.calibrated is not None:
+            if str(self.capacity) not in self.calibrated:
+                known = ", ".join(self.calibrated)
+                found.append(f"capacity={self.capacity} is not calibrated, {known} are: name one, or calibrated=None")
+            elif any(len(offsets) != len(self.routed_layers) for offsets in self.calibrated.values()):
+                found.append(f"calibrated needs an offset for each of {len(self.routed_layers)} routed layers")
         return found
 
     def layer_conflicts(self) -> list[str]:
@@ -169,6 +176,11 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
     def capacities(self) -> list[float]:
         """One per routed layer."""
         return per_layer(self.capacity, len(self.routed_layers))
+
+    @property
+    def offsets(self) -> list[float]:
+        """What each routed layer's causal decision is moved by."""
+        return (self.calibrated or {}).get(str(self.capacity)) or [0.0] * len(self.routed_layers)
 
     @classmethod
     def preset(cls, size: str, **overrides) -> "ModelConfig":
@@ -353,10 +365,13 @@ class Transformer(Generation, nn.Module):
         return self
 
     def set_capacity(self, capacity: float | list[float]):
-        """Share of the tokens that every routed layer takes from now on, also what is saved; a list: one per layer."""
+        """Share of the tokens that every routed layer takes from now on, also what is saved; a list: one per layer.
+
+        Raises ModelError for one that a model of many capacities is not calibrated for.
+        """
         self.config = replace(self.config, capacity=capacity)
-        for layer, value in zip(self.routed, self.config.capacities, strict=True):
-            layer.capacity = value
+        for layer, value, offset in zip(self.routed, self.config.capacities, self.config.offsets, strict=True):
+            layer.capacity, layer.offset = value, offset
 
     def schedule(self, progress: float):
         """What an architecture changes with the progress of training, 0 at its start and 1 at its end."""

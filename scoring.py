@@ -180,7 +180,7 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
         row = {"capacity": capacity, "selected": statistics.mean(selected.values()), "loss": loss}
         row["flops_per_token"] = model.flops_per_token(cfg.seq_len, capacity=list(selected.values()))
         rows.append(row)
-        decisions.append([layer.decision_state() for layer in model.routed])
+        decisions.append([layer.offset for layer in model.routed])
         decoder = Decoder(model, decoded, cfg.seq_len, cfg.decode_steps)
         runs[capacity] = partial(decode_as, model, decisions[-1], decoder)
     times = interleaved(runs, ids.device, cfg.warmup, cfg.repeats)
@@ -212,13 +212,13 @@ def sweep_text(cfg, model: Transformer, tokenizer) -> torch.Tensor:
     return ids
 
 
-def decide_as(model: Transformer, decisions: list[dict[str, torch.Tensor]]):
-    """Undoes `calibrate`: each routed layer decides as it did when its `decision_state` was taken."""
-    for layer, state in zip(model.routed, decisions, strict=True):
-        layer.load_state_dict(state, strict=False)
+def decide_as(model: Transformer, offsets: list[float]):
+    """Undoes `calibrate`: each routed layer decides as it did when its `offset` was this."""
+    for layer, offset in zip(model.routed, offsets, strict=True):
+        layer.offset = offset
 
 
-def decode_as(model: Transformer, decisions: list[dict[str, torch.Tensor]], decoder: Decoder):
+def decode_as(model: Transformer, decisions: list[float], decoder: Decoder):
     decide_as(model, decisions)
     decoder()
 

@@ -14,6 +14,7 @@ and, after the last step, final_model/.
 import filecmp
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -40,12 +41,15 @@ from data import TokenData
 from device import Dtype, autocast, device_name, peak_flops, pick_device, synchronize
 from errors import CheckpointError, ConfigError, TrainError
 from files import sha256
+from measure import calibrate
 from metrics import Metrics, Progress, perplexity, start_wandb
-from model import SIZES, ModelConfig, Transformer
+from model import SIZES, Capacity, ModelConfig, Transformer
 from optimizer import LossScale, lr_scale, make_optimizer, set_rates, step_unless
 from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, world
 from tokenizer import vocabulary
 from weights import find_model
+
+CALIBRATING = 16_384  # tokens that thresholds are calibrated on
 
 
 @dataclass
@@ -81,6 +85,7 @@ class TrainConfig:
     grad_clip: NonNegative = 1.0  # largest norm of the gradient (0: no clipping)
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: Amount = 0  # steps until the annealed capacity reaches its value
+    capacity_choices: list[Capacity] = field(default_factory=list)  # one model, many capacities: one drawn each step
     distill_from: str = ""  # dense parent to distil from: a directory or a hub id (weight of its loss: distill_weight)
     lora: bool = False  # freeze the weights of init_from and train adapters beside them, and all routed parts (lora.py)
     lora_r: Count = 16  # rank of the adapters
@@ -110,6 +115,8 @@ class TrainConfig:
             found.append("offload=True needs parallel=fsdp")
         if (self.capacity_start is None) != (self.capacity_anneal_steps == 0):
             found.append("capacity_start and capacity_anneal_steps need each other: set both or none")
+        if self.capacity_choices and self.capacity_start is not None:
+            found.append("capacity_choices and capacity_start do not go together: drop one of them")
         if self.lora and self.init_from == "scratch":
             found.append("lora=True needs pretrained weights: set init_from")
         if self.lora and self.parallel == "fsdp":
@@ -132,6 +139,7 @@ FIXED = (
     "seed",
     "capacity_start",
     "capacity_anneal_steps",
+    "capacity_choices",
     "distill_from",
 )
 FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
@@ -199,6 +207,8 @@ def train(argv) -> tuple[TrainConfig, bool]:
         if evaluates or saves:
             synchronize(run.device)
         with metrics.clock_stopped():
+            if last:
+                run.calibrate()
             if evaluates:
                 line |= run.validate()
             if line:
@@ -213,6 +223,11 @@ def train(argv) -> tuple[TrainConfig, bool]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a step
+
+
+def drawn(choices, seed, step):
+    """The capacity of `step` out of `choices`: another each step, whoever asks, however often the run was stopped."""
+    return random.Random(f"{seed} {step}").choice(choices)
 
 
 def annealed(step, start, end, steps):
@@ -326,6 +341,8 @@ class Run:
         shard = partial(parallel.shard, **placed) if self.sharded else None
         model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, "size" in train_set)
         model.gradient_checkpointing = cfg.gradient_checkpointing
+        if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
+            model.config.calibrated = None
         self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
         self.teacher = open_teacher(cfg, model.config, self.device, self.dtype)
         model.train()
@@ -352,7 +369,7 @@ class Run:
         if self.resumed:
             self.restore(saved)
         self.metrics = Metrics(cfg, self.progress, peak_flops(self.device, self.dtype))
-        self.flops_per_token = 0.0  # with all that training computes for it
+        self.costs: dict[str, float] = {}  # {capacity: FLOPs per token, with all that training computes for it}
         self.set_capacity()
         self.prepare_folder()
         self.introduce()
@@ -416,18 +433,39 @@ class Run:
             say(f"resumed from {self.resumed}")
 
     def set_capacity(self):
-        """The capacity of this step, where it is annealed; and what a token then costs."""
+        """The capacity of this step, where it is annealed or drawn; and what a token then costs."""
         cfg, config = self.cfg, self.model.config
         now, end = config.capacity, self.model_config["capacity"]
+        if cfg.capacity_choices:
+            now = drawn(cfg.capacity_choices, cfg.seed, self.progress.step)
         if cfg.capacity_start is not None:
             now = annealed(self.progress.step, cfg.capacity_start, end, cfg.capacity_anneal_steps)
-        if self.flops_per_token and now == config.capacity:
+        if now != config.capacity:
+            self.model.set_capacity(now)
+        if str(now) not in self.costs:
+            cost = self.model.flops_per_token(cfg.seq_len, training=True)
+            if self.teacher:  # its forward pass, and the student's head a second time
+                cost += self.teacher.flops_per_token(cfg.seq_len) + 6.0 * config.hidden_size * config.vocab_size
+            self.costs[str(now)] = cost
+        self.flops_per_token = self.costs[str(now)]
+
+    def calibrate(self):
+        """Where the causal decision of each routed layer selects each of capacity_choices, on some training text."""
+        cfg, end = self.cfg, self.model_config["capacity"]
+        if not cfg.capacity_choices:
             return
-        self.model.set_capacity(now)
-        self.flops_per_token = self.model.flops_per_token(cfg.seq_len, training=True)
-        if self.teacher:  # its forward pass, and the student's head a second time
-            head = 6.0 * config.hidden_size * config.vocab_size
-            self.flops_per_token += self.teacher.flops_per_token(cfg.seq_len) + head
+        ids, found = self.data.batch(0, -(-CALIBRATING // cfg.seq_len))[0].to(self.device), {}
+        self.model.eval()
+        for capacity in sorted({end, *cfg.capacity_choices}):
+            self.model.set_capacity(capacity)
+            with autocast(self.device, self.dtype):
+                calibrate(self.model, ids, capacity, cfg.batch_size)
+            found[str(capacity)] = [layer.offset for layer in self.model.routed]
+        self.model.train()
+        if self.sharded:
+            self.model.reshard()
+        self.model.config.calibrated = found
+        self.model.set_capacity(end)
 
     def exchange_gradients(self, last_micro_step: bool):
         """One exchange a step: to be said before the forward pass of each micro-batch."""
@@ -451,6 +489,8 @@ class Run:
     def validate(self) -> dict:
         """The validation metrics; every rank calls it."""
         progress = self.progress
+        if self.cfg.capacity_choices:
+            self.model.set_capacity(self.model_config["capacity"])
         topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.dtype)
         if math.isfinite(topk):
             progress.val_loss = topk
@@ -567,7 +607,7 @@ def convert(cfg, model_set, data, shard, size_is_set) -> Transformer:
     if model_set.get("routed_layers") == "auto":
         model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data)}
     keep = cfg.keep_layers or None
-    model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, **model_set)
+    model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
     if any(getattr(model.config, name) != value for name, value in shape):
         raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
@@ -613,6 +653,8 @@ def check_fit(cfg, model_cfg, data, ranks):
         found.append(f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: {cure}")
     if cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
+    if cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
+        found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
     if found:
         raise ConfigError("; ".join(found))
 

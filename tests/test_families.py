@@ -83,7 +83,7 @@ def test_routed_models_of_every_family(architecture, case, tmp_path):
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for layer in routed.routed:
-            layer.shift_decision(-1e4)
+            layer.offset = -1e4
         routed(ids, routing="causal")
     assert counter.get_total_flops() / ids.numel() == pytest.approx(routed.flops_per_token(60, capacity=1.0), rel=0.01)
 

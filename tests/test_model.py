@@ -711,7 +711,7 @@ def test_flops_equal_the_flop_counter(architecture, capacity):
         with torch.no_grad():
             assert measured(lambda: model(ids)) == pytest.approx(model.flops_per_token(64), rel=0.01)
     for layer in model.routed:  # every token: capacity 1 under causal routing
-        layer.shift_decision(-1e4)
+        layer.offset = -1e4
     with torch.no_grad():
         causal = measured(lambda: model(ids, routing="causal"))
     assert causal == pytest.approx(model.flops_per_token(64, capacity=1.0), rel=0.01)

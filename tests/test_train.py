@@ -391,6 +391,51 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
 
 
+@pytest.mark.parametrize("keys", [["--architecture=mod", "--causal_decision=threshold"], ["--architecture=stt"]])
+def test_one_model_has_many_capacities(keys, data, tmp_path):
+    """Another capacity each step, the same after a stop; at the end each of them selects its share, from one file."""
+    choices = [0.25, 0.5, 0.75]
+    run = [
+        *common(data),
+        *keys,
+        "--hidden_size=32",
+        "--num_hidden_layers=4",
+        "--capacity_choices=0.25,0.75",
+        "--seed=5",
+    ]
+    train.main([*run, "--log_interval=1", "--keep_last=9", f"--out_dir={tmp_path / 'run'}"])
+    model = small_model("mod", num_hidden_layers=4)
+    seen = [train.drawn([0.25, 0.75], 5, step) for step in range(9)]
+    assert {*seen} == {0.25, 0.75} and seen != [train.drawn([0.25, 0.75], 6, step) for step in range(9)]
+    flops = [line["flops"] for line in metrics(tmp_path / "run")]
+    spent = [after - before for before, after in itertools.pairwise([*flops])]
+    cheap, dear = ({cost for cost, c in zip(spent, seen, strict=True) if c == choice} for choice in (0.25, 0.75))
+    assert max(cheap) - min(cheap) < 1 and max(dear) - min(dear) < 1 and min(dear) > max(cheap)
+
+    resumed = cut_back(tmp_path / "run", tmp_path / "resumed", 4)
+    train.main([f"--resume={resumed}"])
+    assert_same_run(tmp_path / "run", resumed)
+    ids, _ = TokenData(data, "train", SEQ_LEN).batch(0, train.CALIBRATING // SEQ_LEN)
+    final, border = tmp_path / "run/final_model", {}
+    for capacity in choices:
+        model = Transformer.from_pretrained(final, capacity=capacity).eval()
+        with torch.no_grad():
+            masks = model(ids, routing="causal", return_masks=True).masks
+        assert [mask.float().mean().item() for mask in masks.values()] == pytest.approx([capacity] * 2, abs=0.01)
+        border[capacity] = [layer.offset for layer in model.routed]
+        model.save_pretrained(tmp_path / "again")
+        assert [layer.offset for layer in Transformer.from_pretrained(tmp_path / "again").routed] == border[capacity]
+    assert border[0.25] != border[0.75]
+    model.set_capacity(0.25)
+    assert [layer.offset for layer in model.routed] == border[0.25]
+    with pytest.raises(ModelError, match="capacity=0.6 is not calibrated, 0.25, 0.5, 0.75 are: name one"):
+        Transformer.from_pretrained(final, capacity=0.6)
+    train.main([*common(data), f"--init_from={final}", "--capacity=0.6", "--max_steps=1", f"--out_dir={tmp_path}/on"])
+    assert (
+        Transformer.from_pretrained(tmp_path / "on/final_model").config.calibrated is None
+    )  # its weights have moved on
+
+
 @pytest.mark.parametrize("architecture", ["mod", "stt"])
 def test_float16_learns_as_float32_does(architecture, data, start, runs, tmp_path, monkeypatch):
     """From a scale at which gradients overflow: it halves until they do not, which is no bad step; resumed to the bit."""

@@ -1,0 +1,13 @@
+"""The papers' own settings, behind any other config: every second block from 1, whole blocks, raw routers, soft gates.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/mod_05b.py config/paper.py --out_dir=out/mod_05b_paper
+"""
+
+capacity = 0.5
+routed_layers = None  # every second one, from 1
+routed_part = "block"
+kv = "selected"
+router_input = "raw"
+skip = "identity"
+selection = "topk"
+gate = None  # soft; stt's straight-through
