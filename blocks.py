@@ -155,7 +155,7 @@ class Attention(nn.Module):
         if Q == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
             y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
             return self.o_proj(y.reshape(B, 1, -1))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, Q, hd)
+        y = kernels.attention(q, k, v, mask)  # (B, H, Q, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, Q, -1))
 
     def forward(self, x, rope, store=None):
@@ -548,8 +548,8 @@ class RoutedBlock(Block):
     def run_static(self, x, notes: Notes, gate, ctx: Context):
         """The same in shapes that do not depend on the selection, for the compiler: all rows run, or none.
 
-        Where often none is selected, that is asked, for one synchronisation, and the weights are left alone. In a large
-        batch some row nearly always runs, and nothing is asked.
+        Where often none is selected, that is asked, and the weights are left alone. In a large batch some row nearly always
+        runs, and nothing is asked; nor on CUDA, where the answer, read by the host, costs more than it may save.
         """
         mask, keys = notes.decision.mask, self.keys_of_all(x, ctx)
         base = self.skipped(x, mask)
@@ -567,7 +567,9 @@ class RoutedBlock(Block):
             return base.clone()
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
-        ask = none_runs > 1 / 16 and torch.compiler.is_compiling()
+        ask = (
+            none_runs > 1 / 16 and torch.compiler.is_compiling() and not x.is_cuda
+        )  # where asking costs more than running
         ask = ask and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
         return torch.cond(mask.any(), run, rest, (x,)) if ask else run(x)
 

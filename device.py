@@ -14,16 +14,22 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of products, see `f
 # Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first whose words
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B300": 2250e12,
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
     "A800": 312e12,
     "A6000": 154.8e12,
     "A40": 149.7e12,
+    "A30": 165e12,
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
@@ -64,8 +70,11 @@ def pick_device(device: str, dtype: str = "auto", local_rank: int = 0, world: in
             raise ConfigError(f"rank {local_rank} finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, and decoding has one a token
     if name == "cpu":
         keep_heap()
+    if name == "mps" and dtype == "bfloat16":  # pytorch issue 195910: its causal attention lets the future in
+        raise ConfigError("dtype=bfloat16 is not to be trusted on MPS: use float32 or float16")
     place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     return place, getattr(torch, fastest_dtype(name) if dtype == "auto" else dtype)
 
@@ -80,6 +89,26 @@ def fastest_dtype(kind: str) -> str:
 def autocast(device, dtype: torch.dtype):
     """The context in which products run in dtype, over float32 weights."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def moved(tensor, device):
+    """A batch on its device. Only CUDA may go on before it is there: MPS is known to copy what is no longer there."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def random_state(device) -> dict[str, torch.Tensor]:
+    """The states of the random generators that a run draws from, by device type."""
+    states = {"rng": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_state(device, states: dict[str, torch.Tensor]):
+    """Goes on from `random_state`, also on a device of another type, whose generator then begins anew."""
+    torch.set_rng_state(states["rng"])
+    if device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type])
 
 
 def synchronize(device):

@@ -84,6 +84,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
+def attention(q, k, v, mask=None):
+    """Attention of grouped queries: q (B, H, Q, hd), k, v (B, n_kv, S, hd) → (B, H, Q, hd). mask None: causal.
+
+    On CUDA only the flash kernel takes groups as they are. Where it cannot run, keys and values are repeated for another
+    one that is as frugal: torch would keep all H · Q · S scores.
+    """
+    if q.is_cuda and not flash_runs(q, mask):
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) < q.size(1))
+
+
+def flash_runs(q, mask) -> bool:
+    """Whether CUDA's flash kernel takes it: half precision, no mask, and a GPU of compute capability 8 or newer."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    return mask is None and dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 class Linear(nn.Linear):
     """nn.Linear through `linear`."""
 

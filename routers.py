@@ -174,12 +174,15 @@ def control_positions(router: str, layer: int, T: int, capacity: float) -> list[
 
 def float32_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ in float32, under autocast too: (…, n), (m, n) → (…, m). scale: (…, 1), by which it is multiplied."""
-    if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a decoding step's product
-        product = F.linear(x.float(), weight.float())
-        return product if scale is None else product * scale
-    with torch.autocast(x.device.type, enabled=False):
-        product = F.linear(x.float(), weight.float())
-        return product if scale is None else product * scale
+    if torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a decoding step's product
+        with torch.autocast(x.device.type, enabled=False):
+            return float32_linear(x, weight, scale)
+    x, weight = x.float(), weight.float()
+    if x.is_cuda:  # a product by a vector is never in TF32
+        product = torch.stack([torch.mv(x.flatten(0, -2), row) for row in weight], -1).view(*x.shape[:-1], -1)
+    else:
+        product = F.linear(x, weight)
+    return product if scale is None else product * scale
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

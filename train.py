@@ -38,7 +38,17 @@ import publish
 from configurator import Amount, Count, NonNegative, Positive, Range, Share, cli, configure, problems
 from conversion import choose_layers, removal_costs
 from data import TokenData
-from device import Dtype, autocast, device_name, peak_flops, pick_device, synchronize
+from device import (
+    Dtype,
+    autocast,
+    device_name,
+    moved,
+    peak_flops,
+    pick_device,
+    random_state,
+    set_random_state,
+    synchronize,
+)
 from errors import CheckpointError, ConfigError, TrainError
 from files import sha256
 from measure import calibrate
@@ -189,7 +199,9 @@ def train(argv) -> tuple[TrainConfig, bool]:
             buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, average))
         step_unless(bad, optimizer)
         bad = run.loss_scale.adapt(bad, values[0])
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(
+            set_to_none=run.wrapped is model
+        )  # DDP's buckets hold the gradients, and would be there twice
         run.say_compiled(grad_norm)
         progress.step += 1
         progress.flops += run.flops_per_token * metrics.tokens_per_step
@@ -256,7 +268,7 @@ def batches(data, firsts, count, device):
         while ahead:
             batch = ahead.popleft().result()
             ahead.extend(thread.submit(make, first) for first in islice(firsts, 1))
-            yield tuple(t.to(device, non_blocking=True) for t in batch)
+            yield tuple(moved(t, device) for t in batch)
 
 
 @torch.no_grad()
@@ -388,9 +400,7 @@ class Run:
         if len(ranks) == world():
             of_rank = ranks[rank()]
             progress.rows = list(of_rank["rows"].to(device))
-            torch.set_rng_state(of_rank["rng"])
-            if device.type == "cuda" and "cuda" in of_rank:
-                torch.cuda.set_rng_state(of_rank["cuda"], device)
+            set_random_state(device, of_rank)
         else:  # another number of ranks: new random numbers, and the mean of the metrics for each
             progress.rows = list(torch.stack([of_rank["rows"] for of_rank in ranks]).mean(0).to(device))
             torch.manual_seed(self.cfg.seed + 1 + rank() + progress.step)
@@ -505,9 +515,7 @@ class Run:
         self.settle()
         cfg, progress = self.cfg, self.progress
         rows = torch.stack(progress.rows).cpu() if progress.rows else torch.zeros(0)
-        of_rank = {"rows": rows, "rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            of_rank["cuda"] = torch.cuda.get_rng_state(self.device)
+        of_rank = {"rows": rows} | random_state(self.device)
         state = {
             "step": progress.step,
             "tokens": progress.step * self.metrics.tokens_per_step,

@@ -146,3 +146,44 @@ def test_loss_memory_is_bounded():
     )
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown < 300_000  # KiB
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it lies there."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_keys_give_what_grouped_queries_do(masked, monkeypatch):
+    """What runs where CUDA's flash kernel cannot: values and gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (6, 2, 2))
+    mask = (torch.rand(2, 1, 9, 9) < 0.7) | torch.eye(9, dtype=torch.bool) if masked else None
+    monkeypatch.setattr(kernels, "flash_runs", lambda q, mask: False)
+    results, groups = [], []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: groups.append(k["enable_gqa"]) or plain(*a, **k)
+    )
+    for ours in (q, q.as_subclass(OnCuda)):
+        out = kernels.attention(ours, k, v, mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert groups == [True, False]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, masked, runs",
+    [
+        ((9, 0), torch.bfloat16, False, True),
+        ((7, 5), torch.float16, False, False),  # a T4
+        ((9, 0), torch.float32, False, False),
+        ((9, 0), torch.bfloat16, True, False),
+    ],
+)
+def test_where_the_flash_kernel_runs(capability, dtype, masked, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    mask = torch.ones(3, 3, dtype=torch.bool) if masked else None
+    assert kernels.flash_runs(torch.zeros(1, 2, 3, 4, dtype=dtype), mask) == runs

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from helpers import small_model, toy_data
 
+import device
 import parallel
 import prepare
 import train
@@ -771,9 +772,57 @@ def test_peak_flops_are_of_the_named_device_or_none(monkeypatch):
 
     assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("NVIDIA A10G") == 70e12 and peak("NVIDIA A10") == 125e12
+    assert peak("NVIDIA GH200 480GB") == 989e12 and peak("NVIDIA H800 PCIe") == 756e12 and peak("NVIDIA H20") == 148e12
     for other in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L400"):
         assert peak(other) is None
     assert peak("NVIDIA H200", dtype=torch.float32) is None
+
+
+class Accelerator:
+    """A device of another type, as torch would show it: what this machine lacks."""
+
+    def __init__(self, kind):
+        self.type = kind
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_batch_is_only_copied_behind_the_back_on_cuda(kind):
+    class Batch:
+        def to(self, device, non_blocking):
+            return device.type, non_blocking
+
+    assert device.moved(Batch(), Accelerator(kind)) == (kind, kind == "cuda")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_random_state_of_the_device_is_kept(kind, monkeypatch):
+    given = []
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", given.append)
+    states = device.random_state(Accelerator(kind))
+    before = torch.rand(3)
+    device.set_random_state(Accelerator(kind), states)
+    assert torch.equal(torch.rand(3), before) and given == [torch.tensor([7])]
+    device.set_random_state(torch.device("cpu"), states)
+    assert torch.equal(torch.rand(3), before) and len(given) == 1
+    assert set(device.random_state(torch.device("cpu"))) == {"rng"}
+
+
+def test_what_a_device_takes_of_number_formats(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.pick_device("auto") == (torch.device("mps"), torch.float32)
+    assert device.pick_device("mps", "float16")[1] == torch.float16
+    with pytest.raises(ConfigError, match="dtype=bfloat16 is not to be trusted on MPS"):
+        device.pick_device("mps", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    precision = torch.get_float32_matmul_precision()
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # a T4 only emulates it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, b=has_bf16: b)
+        assert device.pick_device("auto") == (torch.device("cuda", 0), dtype)
+    torch.set_float32_matmul_precision(precision)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_ranks_must_divide_the_accumulation(data):
