@@ -4,6 +4,8 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 """
 
 import ctypes
+import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,37 @@ def _to_teacher(logits, teacher):
     return losses, log_p.exp_().sub_(q)
 
 
+def _losses_and_gradient(logits, targets, teacher=None):
+    """The loss of every row, and its gradient by the logits, 0 where the target is −100: (n, V), (n, 1) → (n, 1), (n, V)."""
+    if teacher is None:
+        losses, grad = _to_targets(logits.float(), targets.clamp(min=0))
+    else:
+        losses, grad = _to_teacher(logits.float(), teacher.float())
+    counts = targets != -100
+    return losses * counts, grad.mul_(counts).to(logits.dtype)
+
+
+@functools.cache
+def _fused():
+    """The same for a GPU, where triton is there: see fused_loss.py."""
+    if importlib.util.find_spec("triton") is None:
+        return _losses_and_gradient
+    from fused_loss import losses_and_gradient
+
+    return losses_and_gradient
+
+
+def _weight_gradient(grad, hidden):
+    """gradᵀ · hidden in float32: (n, V), (n, d) → (V, d)."""
+    if grad.is_cuda and grad.dtype.itemsize == 2:
+        return torch.mm(grad.t(), hidden, out_dtype=torch.float32)
+    if grad.dtype != torch.float16:
+        return (
+            linear(hidden.t(), grad.t()).t().float()
+        )  # what stands first is copied, transposed: better the narrower one
+    return linear(hidden.t() * 2.0**-8, grad.t()).t().float() * 2.0**8  # or a long sum leaves float16's range
+
+
 class _HeadLoss(torch.autograd.Function):
     """Both gradients are made with the loss, while a chunk's logits are there: nothing is computed twice.
 
@@ -136,38 +169,30 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, rows, teacher):
         total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
-        small = 2.0**-8 if hidden.dtype == torch.float16 else 1.0  # or a sum over a chunk leaves its range
+        losses_and_gradient = _fused() if hidden.is_cuda else _losses_and_gradient
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
             part = slice(start, start + rows)
-            h, t = hidden[part], targets[part, None]
-            logits = linear(h, weight).float()  # (rows, V)
-            if teacher is None:
-                losses, grad = _to_targets(logits, t.clamp(min=0))
-            else:
-                losses, grad = _to_teacher(logits, linear(teacher[0][part], teacher[1]).float())
-            total += (losses * (t != -100)).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            grad = grad.mul_(t != -100).to(weight.dtype)
+            h, logits_of_teacher = hidden[part], teacher and linear(teacher[0][part], teacher[1])
+            losses, grad = losses_and_gradient(
+                linear(h, weight), targets[part, None], logits_of_teacher
+            )  # grad (rows, V)
+            total += losses.sum()
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad, weight.t())
             if ctx.needs_input_grad[1]:
-                of_part = linear(h.t() if small == 1 else h.t() * small, grad.t())  # (d, V)
-                grad_weight = of_part.float() if grad_weight is None else grad_weight.add_(of_part)
+                of_part = _weight_gradient(grad, h)
+                grad_weight = of_part if grad_weight is None else grad_weight.add_(of_part)
         ctx.save_for_backward(grad_hidden, grad_weight, share)
-        ctx.small = small
         return total * share
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight, share = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * (grad * share)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * (grad * share / ctx.small)).t()
-        return grad_hidden, grad_weight, None, None, None
+        grad = grad * share
+        of_hidden, of_weight = (None if g is None else g * grad for g in (grad_hidden, grad_weight))
+        return of_hidden, of_weight, None, None, None
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
@@ -176,9 +201,11 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     hidden (N, d), weight (V, d), targets (N). The loss is the cross-entropy with the targets or, with teacher = (its hidden
     states (N, d'), its weight (V, d')), KL(teacher ‖ model), the distillation loss of Hinton et al. 2015 at temperature 1.
     The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB. A CPU
-    wants chunks that it need not fetch from the system anew, a GPU wants work for all of its processors.
+    wants chunks that it need not fetch from the system anew, a GPU few large ones, since each adds to the weight's gradient.
     """
     rows = max(256, (1 << 22 if hidden.device.type == "cpu" else 1 << 27) // weight.size(0))
+    if hidden.is_cuda and _fused() is not _losses_and_gradient:  # which needs no float32 copies of them
+        rows = 4096
     if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
         hidden, weight = hidden.detach(), weight.detach()
     return _HeadLoss.apply(hidden, weight, targets, rows, teacher)

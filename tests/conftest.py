@@ -1,9 +1,12 @@
-"""One thread for each of xdist's workers, and for what they start: with more, they would wait for each other."""
+"""What must stand in the environment before torch is imported."""
 
 import os
+import shutil
 from contextlib import nullcontext
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each of xdist's workers: with more, they would wait for each other
+if not shutil.which("nvidia-smi"):
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, statement by statement
 
 import pytest
 import torch

@@ -148,6 +148,55 @@ def test_loss_memory_is_bounded():
     assert grown < 300_000  # KiB
 
 
+@pytest.fixture(scope="module")
+def fused():
+    """fused_loss.py, without a GPU in Triton's interpreter: see conftest.py."""
+    pytest.importorskip("triton")
+    import fused_loss
+
+    return fused_loss.losses_and_gradient
+
+
+@pytest.mark.parametrize("V", [7, 1000, 4096, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, fused):
+    """The kernels themselves, run by Triton's interpreter: losses and gradients, for words that no block ends with."""
+    torch.manual_seed(V)
+    logits, teacher = ((4 * torch.randn(5, V)).to(dtype) for _ in range(2))
+    targets = torch.randint(0, V, (5, 1))
+    targets[2] = -100
+    exact = logits.double().requires_grad_()
+    if taught:
+        log_q = teacher.double().log_softmax(-1)
+        expected = (log_q.exp() * (log_q - exact.log_softmax(-1))).sum(-1) * (targets[:, 0] != -100)
+    else:
+        expected = F.cross_entropy(exact, targets[:, 0], reduction="none")
+    expected.sum().backward()
+    losses, grad = fused(logits.clone(), targets, teacher if taught else None)
+    torch.testing.assert_close(losses[:, 0].double(), expected, rtol=2e-6, atol=2e-6)
+    # the interpreter cuts bfloat16 off where a GPU rounds: an error of up to 2⁻⁷, not 2⁻⁸
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=rounding, atol=max(1e-6, rounding * 2**-6))
+    assert not grad[2].any() and grad.dtype == dtype
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_head_gets_the_same_gradients_through_triton(taught, fused, monkeypatch):
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(70, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    teacher = (torch.randn(70, 8), torch.randn(300, 8)) if taught else None
+    targets = torch.randint(0, 300, (70,))
+    targets[5:9] = -100
+    ours = []
+    for chunk in (kernels._losses_and_gradient, fused):
+        monkeypatch.setattr(kernels, "_losses_and_gradient", chunk)
+        loss = kernels.head_loss(hidden, weight, targets, teacher)
+        ours.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for one, other in zip(*ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 class OnCuda(torch.Tensor):
     """A tensor that says it lies there."""
 

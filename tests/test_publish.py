@@ -113,7 +113,7 @@ def test_transformers_opens_what_is_on_the_hub(hub, trained, tmp_path):
     folder, _ = trained
     outside = """
 import sys, torch, importlib.util
-sys.modules["peft"] = None
+sys.modules["peft"] = sys.modules["triton"] = None
 assert importlib.util.find_spec("model") is None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("user/tiny-dtf", trust_remote_code=True)

@@ -1,0 +1,87 @@
+"""The loss over a large vocabulary on a GPU, in Triton: logits are read twice and become their gradient where they lie.
+
+What torch would do one by one (to float32, maximum, exponentials, sum, division, subtraction, back to bfloat16) each reads and
+writes them all: at 16 × 1024 tokens and 151,936 words 5 GB. kernels.py imports this file where it can run: it needs triton,
+which comes with torch for GPUs. TRITON_INTERPRET=1 runs it on a CPU, for tests.
+
+n rows, V words. All arithmetic is in float32.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except (
+    ImportError
+):  # transformers looks at the imports of a model's files, and asks only outside of `try` that all be there
+    raise
+
+BLOCK = 4096  # words that a program has in its registers at a time
+
+
+@triton.jit
+def cross_entropy(logits, targets, losses, V, BLOCK: tl.constexpr):
+    """Row by row: −log p(target) to losses (n), p − (1 at the target) over logits (n, V); 0 where the target is −100."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    target = tl.load(targets + row)
+    highest, total = float("-inf"), 0.0
+    for start in range(0, V, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + word, word < V, float("-inf")).to(tl.float32)
+        before, highest = highest, tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), 0)
+    log_sum = highest + tl.log(total)
+    counts = target >= 0
+    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, log_sum - at_target, 0.0))
+    for start in range(0, V, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + word, word < V, float("-inf")).to(tl.float32)
+        grad = tl.exp(x - log_sum) - tl.where(word == target, 1.0, 0.0)
+        tl.store(logits + word, tl.where(counts, grad, 0.0).to(logits.dtype.element_ty), word < V)
+
+
+@triton.jit
+def divergence(logits, teacher, targets, losses, V, BLOCK: tl.constexpr):
+    """Row by row: KL(teacher ‖ model) to losses (n), p − q over logits (n, V); 0 where the target is −100."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    teacher += row * V
+    highest, total = float("-inf"), 0.0  # of the model
+    highest_t, total_t, dot = float("-inf"), 0.0, 0.0  # of the teacher; Σ exp(t) (t − x)
+    for start in range(0, V, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + word, word < V, float("-inf")).to(tl.float32)
+        t = tl.load(teacher + word, word < V, float("-inf")).to(tl.float32)
+        before, highest = highest, tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), 0)
+        before, highest_t = highest_t, tl.maximum(highest_t, tl.max(t, 0))
+        weight = tl.exp(t - highest_t)
+        total_t = total_t * tl.exp(before - highest_t) + tl.sum(weight, 0)
+        dot = dot * tl.exp(before - highest_t) + tl.sum(tl.where(word < V, weight * (t - x), 0.0), 0)
+    log_sum, log_sum_t = highest + tl.log(total), highest_t + tl.log(total_t)
+    counts = tl.load(targets + row) >= 0
+    tl.store(losses + row, tl.where(counts, dot / total_t - log_sum_t + log_sum, 0.0))
+    for start in range(0, V, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + word, word < V, float("-inf")).to(tl.float32)
+        t = tl.load(teacher + word, word < V, float("-inf")).to(tl.float32)
+        grad = tl.exp(x - log_sum) - tl.exp(t - log_sum_t)
+        tl.store(logits + word, tl.where(counts, grad, 0.0).to(logits.dtype.element_ty), word < V)
+
+
+def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None = None):
+    """(losses (n, 1) in float32, their gradient by the logits) of logits (n, V), which are overwritten; targets (n, 1).
+
+    The loss of a row is the cross-entropy with its target or, with a teacher's logits (n, V), KL(teacher ‖ model); 0 where the
+    target is −100.
+    """
+    n, V = logits.shape
+    losses = torch.empty(n, 1, dtype=torch.float32, device=logits.device)
+    if teacher is None:
+        cross_entropy[(n,)](logits, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+    else:
+        divergence[(n,)](logits, teacher, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+    return losses, logits
