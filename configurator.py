@@ -92,7 +92,8 @@ def limits(want) -> str:
         return f"is not one of {', '.join(map(str, typing.get_args(want)))}"
     if typing.get_origin(want) is Annotated:
         return str(want.__metadata__[0])
-    return next(filter(None, map(limits, typing.get_args(want))), "")
+    found = next(filter(None, map(limits, typing.get_args(want))), "")
+    return f"{found}, true, false" if found and bool in typing.get_args(want) else found
 
 
 def convert(value, want, text=False):
@@ -213,7 +214,7 @@ def read_arguments(argv, types_of, positional, wrong):
             rest.append(argument)
             continue
         key, equals, value = argument[2:].partition("=")
-        if not equals and types_of.get(key) is bool:
+        if not equals and bool in (types_of.get(key), *typing.get_args(types_of.get(key))):
             value = arguments.pop(0) if arguments and arguments[0].lower() in WORDS else "true"
         elif not equals and key in types_of:
             if not arguments or arguments[0].startswith("--"):

@@ -107,7 +107,7 @@ class TrainConfig:
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
     dtype: Dtype = "auto"  # of products, over float32 weights; auto: on CUDA bfloat16, float16 where it has none
-    compile: bool = False  # torch.compile; what it makes is kept in TORCHINDUCTOR_CACHE_DIR
+    compile: bool | Literal["auto"] = "auto"  # torch.compile, kept in TORCHINDUCTOR_CACHE_DIR; auto: on CUDA
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients, optimizer are divided over the ranks
     offload: bool = False  # fsdp: weights, gradients and optimizer in CPU memory
@@ -360,9 +360,9 @@ class Run:
         model.train()
         if not self.sharded:
             model.to(self.device)
-        if cfg.compile:
+        self.compiling = cfg.compile is True or (cfg.compile == "auto" and self.device.type == "cuda")
+        if self.compiling:
             model.compile_trunk()
-        self.compiling = cfg.compile
         torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
         self.wrapped = model
         if world() > 1 and not self.sharded:

@@ -255,3 +255,20 @@ def test_cli_turns_errors_into_one_line_and_a_status(body, status, stderr):
 def test_cli_lets_a_bug_show_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli(lambda argv: 1 / 0)
+
+
+def test_a_flag_may_also_be_a_word():
+    @dataclass
+    class Config:
+        compile: bool | typing.Literal["auto"] = "auto"  # a switch
+
+    for argv, value in (
+        ([], "auto"),
+        (["--compile"], True),
+        (["--compile", "false"], False),
+        (["--compile=auto"], "auto"),
+    ):
+        (settings,) = configure("", argv, Config)
+        assert Config(**settings).compile == value
+    with pytest.raises(ConfigError, match="compile='maybe' is not one of auto, true, false"):
+        configure("", ["--compile=maybe"], Config)
