@@ -26,8 +26,8 @@ from measure import Decoder, cached, calibrate, interleaved
 from model import ModelConfig, Transformer
 from parallel import say
 
-Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8"]
-MEASURES = get_args(Measure)
+Measure = Literal["train", "forward", "causal", "prefill", "decode1", "decode8", "decode64"]
+*MEASURES, _ = get_args(Measure)  # all but the last, which is for GPUs
 PEER = "transformers"
 DENSE = next(iter(ARCHITECTURES))
 ROUTED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, RoutedBlock)]
@@ -129,7 +129,7 @@ class Suite:
         for name, model in self.variants.items():
             self.memory[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         torch.manual_seed(1)
-        self.decoded = self.random_ids(8, cfg.longest_sequence)
+        self.decoded = self.random_ids(64 if "decode64" in cfg.measure else 8, cfg.longest_sequence)
         self.x, self.y = (self.random_ids(cfg.batch_size, cfg.seq_len) for _ in range(2))
 
     def random_ids(self, *shape: int) -> torch.Tensor:
@@ -256,7 +256,7 @@ def inference(suite: Suite, dtype):
         flops = {name: flops - head for name, flops in causal_flops.items()}
         times = suite.time(lambda model, _: model(x, routing="causal", cache=model.new_cache(B, T)), {})
         suite.report("prefill", times, B * T, flops)
-    for batch in (1, 8):
+    for batch in (1, 8, 64):
         if f"decode{batch}" in cfg.measure:
             decode(suite, batch)
 
