@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+import kernels
 from architectures import ARCHITECTURES
 from configurator import Amount, Count, cli, configure, problems
 from device import Dtype, device_name, pick_device
@@ -127,6 +128,7 @@ def about(cfg: BenchConfig, device) -> dict:
     packages = ("torch", "transformers", "lm_eval", "datasets")
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     facts = {"git": git_revision(), "device": device_name(device), "threads": torch.get_num_threads()}
+    facts |= {"cpu_products": "oneDNN" if kernels.ONEDNN else "torch's own"}
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 
@@ -165,6 +167,9 @@ def main(argv):
     model = tokenizer = None
     if cfg.model_path:
         model, tokenizer = open_model(cfg.model_path, device)
+    library = "oneDNN" if kernels.ONEDNN else "torch's own"
+    on_cpu = f", {torch.get_num_threads()} threads, products by {library}"
+    print(f"{device_name(device)}, {dtype}{on_cpu if device.type == 'cpu' else ''}")
     document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)

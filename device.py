@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -118,4 +119,10 @@ def synchronize(device):
 
 
 def device_name(device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name of the GPU or, for a CPU, of the processor, as its vendor gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [device.type])[0]

@@ -6,15 +6,27 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 import ctypes
 import functools
 import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-# float32 products go to MKL, which uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it,
-# twice as fast. Its operator is the one that torch.compile puts into models for inference.
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+def onednn_is_faster() -> bool:
+    """Whether float32 products should go to oneDNN on this processor, not to MKL, which torch takes.
+
+    MKL uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it, twice as fast there. On
+    Intel's own MKL is the faster one, in training by 7 %, in decoding by a third (docs/LOG.md). It goes by the vendor, not
+    by a measurement: a run that is resumed must find the same bits.
+    """
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return wide and not (os.path.exists("/proc/cpuinfo") and "GenuineIntel" in open("/proc/cpuinfo").read())
+
+
+# oneDNN's operator is the one that torch.compile puts into models for inference.
+ONEDNN = onednn_is_faster()
 # It takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
 # decoding step, whose shapes come again and again.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
@@ -22,7 +34,7 @@ SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
 # A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
 FIRST = not hasattr(torch.ops.nanodtf, "product")
 
-if AVX512 and FIRST:
+if ONEDNN and FIRST:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -78,7 +90,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if not (AVX512 and float32 and x.device.type == "cpu"):
+    if not (ONEDNN and float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     few = x.numel() <= FEW_ROWS * x.size(-1) and weight.numel() >= LARGE_WEIGHT
     if not few and x.numel() * weight.size(0) < SMALLEST:

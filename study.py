@@ -13,7 +13,6 @@ import fcntl
 import json
 import math
 import os
-import platform
 import re
 import runpy
 import shutil
@@ -406,19 +405,10 @@ def record(cfg: StudyConfig, run: Run) -> dict:
     return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
 
 
-def processor(run: Run) -> str:
-    device, _ = costs.device_of(run.settings)
-    if device.type == "cuda":
-        return device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
-
-
 def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
     document = {"reference": cfg.reference, "axis": cfg.axis, "threads": cfg.threads, "judge_tokens": cfg.judge_tokens}
-    document |= {"processor": processor(finished[0]), "torch": torch.__version__}
+    document |= {"processor": device_name(costs.device_of(finished[0].settings)[0]), "torch": torch.__version__}
     before = reported(cfg)
     document["speeds"] = {
         run.arm: run.kept("speed.json").get("speeds") or before.get("speeds", {}).get(run.arm, {})
