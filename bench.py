@@ -143,6 +143,9 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, dtype) -> tuple[dict
         shape = ModelConfig.preset(cfg.size, **{"architecture": ROUTED[0]} | model_set)
         names = [shape.architecture] if "architecture" in model_set else ARCHITECTURES
     baseline, slower = read_baseline(cfg.baseline, cfg, shape), []
+    library = "oneDNN" if kernels.ONEDNN else "torch's own"
+    on_cpu = f", {torch.get_num_threads()} threads, products by {library}"
+    print(f"{device_name(device)}, {dtype}{on_cpu if device.type == 'cpu' else ''}")
     document = about(cfg, device)
     if "flops" in cfg.tasks:
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
@@ -167,9 +170,6 @@ def main(argv):
     model = tokenizer = None
     if cfg.model_path:
         model, tokenizer = open_model(cfg.model_path, device)
-    library = "oneDNN" if kernels.ONEDNN else "torch's own"
-    on_cpu = f", {torch.get_num_threads()} threads, products by {library}"
-    print(f"{device_name(device)}, {dtype}{on_cpu if device.type == 'cpu' else ''}")
     document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)

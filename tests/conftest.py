@@ -11,6 +11,26 @@ if not shutil.which("nvidia-smi"):
 import pytest
 import torch
 
+# Files that take longest, in the order of their time: a worker gets the next one when it is done, and none should be the last.
+LONGEST = [
+    "train",
+    "parallel",
+    "prepare",
+    "new_architecture",
+    "model",
+    "bench",
+    "study",
+    "means",
+    "publish",
+    "hf",
+    "lora",
+]
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request):
