@@ -9,8 +9,8 @@
     torchrun --standalone --nproc_per_node=8 bench.py --tasks=general --model_path=out/dtf_05b
 
 Tasks are speed, flops, perplexity and capacity; the suites general, math, code and quick_test; names of lm-eval tasks;
-lm-eval task files (*.yaml), and folders of them. Each prints a table; the last line is all of it as JSON. Exit status 1: a task could
-not be run (it is named on stderr), the others were; or something is slower than in the baseline.
+lm-eval task files (*.yaml), and folders of them. Each prints a table; the last line is all of it as JSON. Exit status 1:
+a task could not be run (it is named on stderr), the others were; or something is slower than in the baseline.
 
 In the speed table, ratio is the time over our dense model's; promised is the same ratio in FLOPs, or in bytes read for
 decoding; efficiency is promised / ratio; "vs hf" is the time of transformers, not compiled, over the row's. Ratios are
@@ -143,10 +143,9 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, dtype) -> tuple[dict
         shape = ModelConfig.preset(cfg.size, **{"architecture": ROUTED[0]} | model_set)
         names = [shape.architecture] if "architecture" in model_set else ARCHITECTURES
     baseline, slower = read_baseline(cfg.baseline, cfg, shape), []
-    library = "oneDNN" if kernels.ONEDNN else "torch's own"
-    on_cpu = f", {torch.get_num_threads()} threads, products by {library}"
-    print(f"{device_name(device)}, {dtype}{on_cpu if device.type == 'cpu' else ''}")
     document = about(cfg, device)
+    on_cpu = ", {threads} threads, products by {cpu_products}".format_map(document)
+    print(f"{document['device']}, {dtype}{on_cpu if device.type == 'cpu' else ''}")
     if "flops" in cfg.tasks:
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
     if "speed" in cfg.tasks:

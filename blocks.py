@@ -567,9 +567,7 @@ class RoutedBlock(Block):
             return base.clone()
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
-        ask = (
-            none_runs > 1 / 16 and torch.compiler.is_compiling() and not x.is_cuda
-        )  # where asking costs more than running
+        ask = none_runs > 1 / 16 and torch.compiler.is_compiling() and not x.is_cuda
         ask = ask and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
         return torch.cond(mask.any(), run, rest, (x,)) if ask else run(x)
 

@@ -6,7 +6,7 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 import ctypes
 import functools
 import importlib.util
-import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ def onednn_is_faster() -> bool:
     by a measurement: a run that is resumed must find the same bits.
     """
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    return wide and not (os.path.exists("/proc/cpuinfo") and "GenuineIntel" in open("/proc/cpuinfo").read())
+    cpuinfo = Path("/proc/cpuinfo")
+    return wide and not (cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text())
 
 
 # oneDNN's operator is the one that torch.compile puts into models for inference.
@@ -112,7 +113,12 @@ def attention(q, k, v, mask=None):
 def flash_runs(q, mask) -> bool:
     """Whether CUDA's flash kernel takes it: half precision, no mask, and a GPU of compute capability 8 or newer."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    return mask is None and dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return mask is None and dtype.itemsize == 2 and capability(q.device.index) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot look into it, and would cut its graph at every attention
+def capability(gpu: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(gpu)
 
 
 class Linear(nn.Linear):
@@ -164,11 +170,9 @@ def _weight_gradient(grad, hidden):
     """gradᵀ · hidden in float32: (n, V), (n, d) → (V, d)."""
     if grad.is_cuda and grad.dtype.itemsize == 2:
         return torch.mm(grad.t(), hidden, out_dtype=torch.float32)
-    if grad.dtype != torch.float16:
-        return (
-            linear(hidden.t(), grad.t()).t().float()
-        )  # what stands first is copied, transposed: better the narrower one
-    return linear(hidden.t() * 2.0**-8, grad.t()).t().float() * 2.0**8  # or a long sum leaves float16's range
+    if grad.dtype == torch.float16:  # smaller, or a long sum leaves its range
+        return linear(hidden.t() * 2.0**-8, grad.t()).t().float() * 2.0**8
+    return linear(hidden.t(), grad.t()).t().float()  # the first is copied, transposed: better the narrower one
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -186,10 +190,10 @@ class _HeadLoss(torch.autograd.Function):
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
             part = slice(start, start + rows)
-            h, logits_of_teacher = hidden[part], teacher and linear(teacher[0][part], teacher[1])
+            h, of_teacher = hidden[part], teacher and linear(teacher[0][part], teacher[1])  # (rows, d), (rows, V)
             losses, grad = losses_and_gradient(
-                linear(h, weight), targets[part, None], logits_of_teacher
-            )  # grad (rows, V)
+                linear(h, weight), targets[part, None], of_teacher
+            )  # (rows, 1), (rows, V)
             total += losses.sum()
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad, weight.t())

@@ -37,8 +37,9 @@ def perplexity(loss: float) -> float:
 def spikes(table, step, recent, sequences):
     """Steps whose loss is not finite or beyond 6 standard deviations of those before: what to look at in the data.
 
-    table: a row per step up to `step`, the loss first and its kind last (0 good, 1 bad, 2 an overflow of float16). recent: a deque of the
-    losses before, which those of the table join. sequences: of a step; their numbers are what `data.py show` takes.
+    table: a row per step up to `step`, the loss first and its kind last (0 good, 1 bad, 2 an overflow of float16). recent: a
+    deque of the losses before, which those of the table join. sequences: of a step; their numbers are what `data.py show`
+    takes.
     """
     found = []
     for number, (loss, *_, bad) in enumerate(table, step - len(table)):  # 0-based, as the data is

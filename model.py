@@ -586,7 +586,10 @@ def renumbered(name: str, keep_layers: list[int]) -> str | None:
 
 
 def read_config(directory: str) -> dict:
-    """The content of config.json, of a model that this code computes rightly, with the ids that end a text. Raises ModelError."""
+    """The content of config.json, of a model that this code computes rightly, and the ids that end its texts.
+
+    Raises ModelError.
+    """
     path = os.path.join(directory, "config.json")
     try:
         with open(path, encoding="utf-8") as f:

@@ -90,9 +90,12 @@ class LossScale:
 
     def down(self, parameters):
         """Divides the gradients; what has overflowed stays infinite."""
-        for p in parameters if self.on else ():
+        if not self.on:
+            return
+        inverse = 1 / self.value  # of a power of two: exact
+        for p in parameters:
             if p.grad is not None:
-                p.grad.mul_(1 / self.value.to(p.grad.device))
+                p.grad.mul_(inverse.to(p.grad.device))
 
     def adapt(self, bad: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """What kind of step it was, a scalar: 0 for a good one, 1 for a bad one, 2 for one whose gradients overflowed.

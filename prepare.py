@@ -270,23 +270,27 @@ def place_tokenizer(cfg, work, out_dir):
     exists = path.is_file() and origin_path.is_file()
     if exists and (origin := json.loads(origin_path.read_bytes())) != asked:
         raise DataError(f"{out_dir} was prepared with {origin}, not with {asked}: set another out_dir, or delete it")
-    if not exists and not cfg.tokenizer:
+    if exists:
+        found = path
+    elif cfg.tokenizer:
+        found = find_tokenizer(cfg.tokenizer)
+    else:
         print(f"training a byte-level BPE of {cfg.vocab_size:,} tokens", flush=True)
         spec = train_tokenizer(training_sample(work, cfg.val_fraction), cfg.vocab_size)
         names = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": EOT, "pad_token": EOT}
         write_json(out_dir / "tokenizer_config.json", names)
         write_whole(path, spec, writers_differ=True)
-    found = path if exists or not cfg.tokenizer else find_tokenizer(cfg.tokenizer)
+        found = path
     try:
         vocab = Tokenizer.from_file(str(found)).get_vocab()
     except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
         raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
     _, ends = start_and_ends(found)
+    if found != path:
+        for name in reversed(TOKENIZER_FILES):  # tokenizer.json last
+            if (file := found if name == path.name else found.with_name(name)).is_file():
+                write_whole(out_dir / name, file.read_bytes(), writers_differ=True)
     if not exists:
-        for name in TOKENIZER_FILES[1:]:
-            if found != path and (other := found.with_name(name)).is_file():
-                write_whole(out_dir / name, other.read_bytes(), writers_differ=True)
-        write_whole(path, found.read_bytes(), writers_differ=True)
         write_json(out_dir / "generation_config.json", {"eos_token_id": ends})
         write_json(origin_path, asked)
     return max(vocab.values()) + 1, ends[0]

@@ -68,9 +68,9 @@ def start_and_ends(path):
     for name in ("bos_token", "eos_token"):
         token = settings.get(name)
         named[name] = vocab.get(token["content"] if isinstance(token, dict) else token)
-    special = [token["id"] for token in json_of(path).get("added_tokens") or [] if token["special"]]
-    if not settings and len(special) == 1:
-        named["eos_token"] = special[0]
+    if not settings:
+        special = [token["id"] for token in json_of(path).get("added_tokens") or [] if token["special"]]
+        named["eos_token"] = special[0] if len(special) == 1 else None
     ends = ends_of_text(path.parent) or [named["eos_token"]]
     if ends == [None]:
         cure = 'name one as "eos_token" in tokenizer_config.json, or as "eos_token_id" in generation_config.json'

@@ -199,9 +199,8 @@ def train(argv) -> tuple[TrainConfig, bool]:
             buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, average))
         step_unless(bad, optimizer)
         bad = run.loss_scale.adapt(bad, values[0])
-        optimizer.zero_grad(
-            set_to_none=run.wrapped is model
-        )  # DDP's buckets hold the gradients, and would be there twice
+        # DDP's buckets hold the gradients: let go of, they would be there twice.
+        optimizer.zero_grad(set_to_none=run.wrapped is model)
         run.say_compiled(grad_norm)
         progress.step += 1
         progress.flops += run.flops_per_token * metrics.tokens_per_step

@@ -1,4 +1,4 @@
-# python prepare.py config/web.py               13 billion tokens, 53 GB: Wikipedia, web pages, the Pile's books, papers and code
+# python prepare.py config/web.py                13 billion tokens, 53 GB: Wikipedia, web pages, the Pile
 #
 # wikitext, openwebtext and a fiftieth of the Pile, which EleutherAI's deduplicated copy keeps. `files` says how much of a
 # data set is read: the Pile has 1,650 files of some 125 million tokens each.

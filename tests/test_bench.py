@@ -45,7 +45,7 @@ def tokenizer():
         vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator([TEXT], trainer)
-    made.start, made.ends = 1, ENDS  # what trained.open_tokenizer finds beside it
+    made.start, made.ends = 1, ENDS  # what trained.open_model finds beside it
     return made
 
 

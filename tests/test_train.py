@@ -946,7 +946,7 @@ def test_configs_from_scratch(name):
 def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
     text, data, run = tmp_path / "text.jsonl", tmp_path / "data", tmp_path / "run"
     source = (ROOT / "train.py").read_text()
-    rows = [{"text": source[start : start + 400]} for start in range(0, 24_000, 400)]
+    rows = [{"text": source[start : start + 400]} for start in range(0, 16_000, 400)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.main([f"--input={text}", f"--out_dir={data}", "--vocab_size=300", "--val_fraction=0.5", "--num_proc=1"])
     keys = [f"--data_dir={data}", f"--out_dir={run}", "--architecture=mod", "--hidden_size=32", "--max_steps=2"]
