@@ -49,14 +49,24 @@ class Context:
     def store_all(self, layer: int, B: int, T: int):
         """The same for a block that runs on every token."""
         if self.decoding:
-            return self.store(layer, rows=range(B))
+            return self.store(layer, rows=range(B), places=self.positions[:, 0])
         return self.store(layer, counts=self.lengths or [T] * B)
+
+    @functools.cached_property
+    def ends(self) -> torch.Tensor:
+        """`lengths` on the device, copied there once for all layers: (B)."""
+        return torch.tensor(self.lengths, device=self.positions.device)
+
+    @functools.cached_property
+    def real(self) -> torch.Tensor:
+        """What is no padding: (B, T) bool."""
+        return self.positions < self.ends[:, None]
 
     def last(self, t: torch.Tensor) -> torch.Tensor:
         """The entry of each row's newest token: (B, T, …) → (B, …)."""
         if self.lengths is None or self.decoding:
             return t[:, -1]
-        return t[torch.arange(t.size(0), device=t.device), torch.tensor(self.lengths, device=t.device) - 1]
+        return t[torch.arange(t.size(0), device=t.device), self.ends - 1]
 
 
 @dataclass
@@ -454,8 +464,7 @@ class RoutedBlock(Block):
                 decision.mask = decision.mask & ~ctx.cache.finished[:, None]
             return decision
         if ctx.lengths is not None:
-            real = routers.valid_mask(ctx.lengths, decision.mask.size(1), decision.mask.device)
-            decision.mask = decision.mask & real
+            decision.mask = decision.mask & ctx.real
         notes.stats["causal_capacity"] = decision.mask.float().mean()
         return decision
 
@@ -497,7 +506,7 @@ class RoutedBlock(Block):
         indices, valid, counts = decision.indices, decision.valid, None
         if indices is None:
             indices, counts = routers.pack(decision.mask)  # (B, k), tokens of each row
-            valid = routers.valid_mask(counts, indices.size(1), x.device)
+            valid = decision.mask.gather(1, indices)
         else:
             counts = [indices.size(1)] * x.size(0)
         keys = self.keys_of_all(x, ctx)

@@ -5,8 +5,6 @@ B rows, n_kv key and value heads, hd head size. A routed layer holds keys and va
 
 import torch
 
-from routers import valid_mask
-
 
 class LayerCache:
     """Keys and values of the tokens that ran in one block, compacted: row r holds `lengths[r]` of them, left-aligned.
@@ -43,8 +41,11 @@ class LayerCache:
         self.lengths = list(counts)
         return k, v, None
 
-    def append(self, k, v, rows: list[int]):
-        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them."""
+    def append(self, k, v, rows: list[int], places: torch.Tensor | None = None):
+        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them.
+
+        places: how many tokens each row had (len(rows)), where that is known on the device.
+        """
         for r in rows:
             self.lengths[r] += 1
         lengths = [self.lengths[r] for r in rows]
@@ -54,12 +55,15 @@ class LayerCache:
         if len(rows) == len(self.lengths) and not ragged:
             keys[:, :, -1:], values[:, :, -1:] = k, v
             return keys, values, None
-        at = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
-        keys[at[0], :, at[1]], values[at[0], :, at[1]] = k[:, :, 0], v[:, :, 0]
+        if places is None:
+            rows_of_device, places = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
+        else:
+            rows_of_device = torch.arange(len(rows), device=k.device)
+        keys[rows_of_device, :, places], values[rows_of_device, :, places] = k[:, :, 0], v[:, :, 0]
         if len(rows) < len(self.lengths):
-            keys, values = keys[at[0]], values[at[0]]
-        mask = valid_mask(lengths, S, k.device)[:, None, None] if ragged else None  # (rows, 1, 1, S)
-        return keys, values, mask
+            keys, values = keys[rows_of_device], values[rows_of_device]
+        mask = torch.arange(S, device=k.device) <= places[:, None] if ragged else None  # (rows, S)
+        return keys, values, mask if mask is None else mask[:, None, None]
 
 
 class Cache:
@@ -101,10 +105,11 @@ class StaticLayerCache:
     def remember(self, name: str, value: torch.Tensor):
         self.state[name].copy_(value)
 
-    def append(self, k, v, rows):
+    def append(self, k, v, rows, places=None):
         """One decoding step of all rows: k, v (B, n_kv, 1, hd) → all keys, values, and the mask over them.
 
-        rows: (B) bool, those whose token a routed layer keeps; of the others, the next one takes the place.
+        rows: (B) bool, those whose token a routed layer keeps; of the others, the next one takes the place. places: see
+        LayerCache; here they are known.
         """
         at = torch.arange(k.size(0), device=k.device), slice(None), self.lengths
         self.k[at], self.v[at] = k[:, :, 0], v[:, :, 0]
