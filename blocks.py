@@ -149,27 +149,30 @@ class Attention(nn.Module):
         if cfg.model_type == "qwen3":
             self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.rms_norm_eps) for _ in range(2))
 
-    def keys_values(self, x, rope, store=None):
-        """x (B, T, d) → its keys and values (B, n_kv, T, hd), or those to attend to where `store` files them; and a mask."""
+    def keys_values(self, x, rope, store=None, runs=None):
+        """x (B, T, d) → its keys and values (B, n_kv, T, hd), or those to attend to where `store` files them; and a mask.
+
+        runs: see kernels.Linear.
+        """
         B, T, _ = x.shape
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x, runs).view(B, T, -1, self.head_dim))
         k = rotate(k, *rope).transpose(1, 2)  # (B, n_kv, T, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, hd)
+        v = self.v_proj(x, runs).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, hd)
         return (k, v, None) if store is None else store(k, v)
 
-    def attend(self, x, rope, k, v, mask=None):
+    def attend(self, x, rope, k, v, mask=None, runs=None):
         """Queries of x (B, Q, d) over k, v (B, n_kv, S, hd): (B, Q, d). mask None: causal, Q = S, or one query over all."""
         B, Q, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, Q, -1, self.head_dim))
+        q = self.q_norm(self.q_proj(x, runs).view(B, Q, -1, self.head_dim))
         q = rotate(q, *rope).transpose(1, 2)  # (B, H, Q, hd)
         if Q == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
             y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(y.reshape(B, 1, -1))
+            return self.o_proj(y.reshape(B, 1, -1), runs)
         y = kernels.attention(q, k, v, mask)  # (B, H, Q, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, Q, -1))
 
-    def forward(self, x, rope, store=None):
-        return self.attend(x, rope, *self.keys_values(x, rope, store))
+    def forward(self, x, rope, store=None, runs=None):
+        return self.attend(x, rope, *self.keys_values(x, rope, store, runs), runs)
 
 
 class MLP(nn.Module):
@@ -181,8 +184,8 @@ class MLP(nn.Module):
         self.up_proj = kernels.Linear(d, width, bias=False)
         self.down_proj = kernels.Linear(width, d, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, runs=None):
+        return self.down_proj(F.silu(self.gate_proj(x, runs)) * self.up_proj(x, runs), runs)
 
 
 class Predictor(MLP):
@@ -470,12 +473,12 @@ class RoutedBlock(Block):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def part_delta(self, x, attention):
-        """Δ of what is routed, on some tokens (B, k, d); attention: that of their normalised hidden states."""
+    def part_delta(self, x, attention, runs=None):
+        """Δ of what is routed, on some tokens (B, k, d); attention: that of their normalised hidden states. runs: see kernels.Linear."""
         if self.config.routed_part == "mlp":
-            return self.mlp(self.post_attention_layernorm(x))
+            return self.mlp(self.post_attention_layernorm(x), runs)
         update = attention(self.input_layernorm(x))
-        return update + self.mlp(self.post_attention_layernorm(x + update))
+        return update + self.mlp(self.post_attention_layernorm(x + update), runs)
 
     def keys_of_all(self, x, ctx: Context):
         """Keys, values and mask of every token where skipped ones give them too, else None."""
@@ -558,18 +561,20 @@ class RoutedBlock(Block):
         """The same in shapes that do not depend on the selection, for the compiler: all rows run, or none.
 
         Where often none is selected, that is asked, and the weights are left alone. In a large batch some row nearly always
-        runs, and nothing is asked; nor on CUDA, where the answer, read by the host, costs more than it may save.
+        runs, and nothing is asked; nor on CUDA, where the answer, read by the host, costs more than it may save: there the
+        products of a small batch look for themselves.
         """
         mask, keys = notes.decision.mask, self.keys_of_all(x, ctx)
-        base = self.skipped(x, mask)
+        base, selected = self.skipped(x, mask), mask[:, 0]
+        runs = selected if kernels.skips_idle(x) else None
 
         def attention(hidden):
             if keys:
-                return self.self_attn.attend(hidden, ctx.rope, *keys)
-            return self.self_attn(hidden, ctx.rope, ctx.store(self.index, rows=mask[:, 0]))
+                return self.self_attn.attend(hidden, ctx.rope, *keys, runs)
+            return self.self_attn(hidden, ctx.rope, ctx.store(self.index, rows=selected), runs)
 
         def run(x):
-            update = self.gated(self.part_delta(x, attention), self.gate_values(gate))  # (B, 1, d)
+            update = self.gated(self.part_delta(x, attention, runs), self.gate_values(gate))  # (B, 1, d)
             return torch.where(mask[..., None], x + update.to(x.dtype), base)
 
         def rest(x):

@@ -4,7 +4,6 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 """
 
 import ctypes
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -32,6 +31,15 @@ ONEDNN = onednn_is_faster()
 # decoding step, whose shapes come again and again.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
 
+TRITON = importlib.util.find_spec("triton") is not None  # with torch for GPUs
+
+
+def _triton():
+    import triton_kernels
+
+    return triton_kernels
+
+
 # A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
 FIRST = not hasattr(torch.ops.nanodtf, "product")
 
@@ -55,6 +63,9 @@ if FIRST:
     _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     _library.impl("product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), "CPU")
     torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
+    _library.define("product_where(Tensor x, Tensor runs, Tensor weight, Tensor? bias) -> Tensor")
+    _library.impl("product_where", lambda *given: _triton().product_where(*given), "CompositeExplicitAutograd")
+    torch.library.register_fake("nanodtf::product_where", lambda x, runs, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
 
 
 def keep_heap():
@@ -124,8 +135,19 @@ def capability(gpu: int | None) -> tuple[int, int]:
 class Linear(nn.Linear):
     """nn.Linear through `linear`."""
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, runs=None):
+        """runs (B) bool, where `skips_idle`: x (B, 1, n) → (B, 1, m), 0 in rows that do not run; if none does, nothing is read."""
+        if runs is None:
+            return linear(x, self.weight, self.bias)
+        return torch.ops.nanodtf.product_where(x, runs, self.weight, self.bias)
+
+
+def skips_idle(x) -> bool:
+    """Whether products of a decoding step x (B, 1, d) can leave the weights alone where no row runs, unasked: on CUDA.
+
+    In a large batch some row nearly always runs, and torch's own products are the faster ones. They are without gradients.
+    """
+    return TRITON and x.is_cuda and x.size(0) <= 8 and not torch.is_autocast_enabled(x.device.type)
 
 
 def _to_targets(logits, targets):
@@ -156,14 +178,9 @@ def _losses_and_gradient(logits, targets, teacher=None):
     return losses * counts, grad.mul_(counts).to(logits.dtype)
 
 
-@functools.cache
 def _fused():
-    """The same for a GPU, where triton is there: see fused_loss.py."""
-    if importlib.util.find_spec("triton") is None:
-        return _losses_and_gradient
-    from fused_loss import losses_and_gradient
-
-    return losses_and_gradient
+    """The same for a GPU, where triton is there: see triton_kernels.py."""
+    return _triton().losses_and_gradient if TRITON else _losses_and_gradient
 
 
 def _weight_gradient(grad, hidden):

@@ -37,3 +37,12 @@ def device(request):
     """Everything that the test makes is made there."""
     with torch.device("cuda") if request.param == "cuda" else nullcontext():
         yield request.param
+
+
+@pytest.fixture
+def triton_kernels(device):
+    """The module, without a GPU in Triton's interpreter; its functions then take tensors on the CPU."""
+    module = pytest.importorskip("triton_kernels")
+    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("Triton runs on the GPU here")
+    return module

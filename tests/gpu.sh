@@ -20,7 +20,7 @@ if nvidia-smi >/dev/null 2>&1; then
 else
     shape="--size=demo" wide="--batch_size=2 --seq_len=64" long="--batch_size=1 --seq_len=128"
     decoding="--seq_len=32 --decode_steps=4" loss="256 64 5000" run="--size=demo --seq_len=64" seconds=4
-    only="flash or repeated or triton"
+    only="flash or repeated or triton or idle_rows"
 fi
 
 # step NAME SECONDS COMMAND…: runs the command for at most so long, its output into the table

@@ -15,7 +15,7 @@ LEAVES = {
     "data",
     "errors",
     "files",
-    "fused_loss",
+    "triton_kernels",
     "kernels",
     "routers",
 }  # which know nobody but each other

@@ -361,6 +361,29 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
         assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
 
 
+@pytest.mark.parametrize(
+    "architecture, options",
+    [("mod", {}), ("dtf", {}), ("stt", {"routed_part": "mlp"}), ("mod", {"kv": "all", "skip": "predict"})],
+)
+def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options, triton_kernels, monkeypatch):
+    """As on CUDA, without it in Triton's interpreter, in one graph. No row ever enters the first routed block."""
+    model, ids = small_model(architecture, **options), random_ids(5, 9)  # of five rows, one is taken to run: none asks
+    model.routed[0].causal_router.bias.data.fill_(-1e4)
+    results, asked, product = [], [], triton_kernels.product_where
+    monkeypatch.setattr(triton_kernels, "product_where", lambda *a: asked.append(a[1].tolist()) or product(*a))
+    torch._dynamo.reset()
+    compiled_step = torch.compile(Transformer.step, fullgraph=True, backend="eager")
+    for skips, step in (False, Transformer.step), (True, compiled_step):
+        monkeypatch.setattr(kernels, "skips_idle", lambda x, skips=skips: skips)
+        cache = model.new_cache(5, 9)
+        with torch.no_grad():
+            model(ids[:, :6], routing="causal", lengths=[6, 4, 6, 1, 5], cache=cache)
+            static = model.static_cache(cache)
+            results.append(torch.stack([step(model, ids[:, t : t + 1], static) for t in range(6, 9)]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert asked.count([False] * 5) >= len(asked) // 2 and any(map(any, asked))
+
+
 @needs_compiler
 def test_compiled_generation_is_the_eager_one(device):
     """By the real compiler: ragged rows, stop ids, one of them a first token, wider caches and the first again."""

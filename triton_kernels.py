@@ -1,10 +1,7 @@
-"""The loss over a large vocabulary on a GPU, in Triton: logits are read twice and become their gradient where they lie.
+"""What a GPU does in Triton: the loss over a large vocabulary, and a decoding step's products that skip what does not run.
 
-What torch would do one by one (to float32, maximum, exponentials, sum, division, subtraction, back to bfloat16) each reads and
-writes them all: at 16 × 1024 tokens and 151,936 words 5 GB. kernels.py imports this file where it can run: it needs triton,
-which comes with torch for GPUs. TRITON_INTERPRET=1 runs it on a CPU, for tests.
-
-n rows, V words. All arithmetic is in float32.
+kernels.py imports this file where it can run: it needs triton, which comes with torch for GPUs. TRITON_INTERPRET=1 runs it on a
+CPU, for tests. All arithmetic is in float32.
 """
 
 import torch
@@ -13,7 +10,12 @@ try:  # transformers refuses a model whose files import what is not there, unles
     import triton
     import triton.language as tl
 except ImportError:
-    raise ImportError("fused_loss.py is for GPUs with triton: kernels.py asks before it imports it") from None
+    raise ImportError("triton_kernels.py is for GPUs with triton: kernels.py asks before it imports it") from None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss: n rows, V words. Logits are read twice and become their gradient where they lie. What torch would do one by one
+# (to float32, maximum, exponentials, sum, division, subtraction, back to bfloat16) each reads and writes them all: at
+# 16 × 1024 tokens and 151,936 words 5 GB.
 
 BLOCK = 4096  # words that a program has in its registers at a time
 
@@ -83,3 +85,41 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, teacher: to
     else:
         divergence[(n,)](logits, teacher, targets.contiguous(), losses, V, BLOCK, num_warps=8)
     return losses, logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The product of a routed layer's decoding step: where no row runs, its weights stay unread. Nobody is asked: programs see the
+# selection on the device and end at once, also within a CUDA graph.
+
+OUTPUTS, TILE = 8, 1 << 13  # outputs of a program, numbers of its tile: rows · outputs · inputs at a time
+
+
+@triton.jit
+def product_of(x, runs, weight, bias, out, B, M, N, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr):
+    """x (B, N) · weightᵀ (M, N) + bias (M) to out (B, M), 0 in rows whose runs (B) is false."""
+    row, m = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    run = tl.load(runs + row, row < B, 0) != 0
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    if tl.max(run.to(tl.int32), 0) > 0:
+        weights = weight + m.to(tl.int64)[:, None] * N
+        for start in range(0, N, INPUTS):
+            n = start + tl.arange(0, INPUTS)
+            w = tl.load(weights + n[None, :], (m[:, None] < M) & (n[None, :] < N), 0.0).to(tl.float32)
+            v = tl.load(x + row[:, None] * N + n[None, :], run[:, None] & (n[None, :] < N), 0.0).to(tl.float32)
+            total += tl.sum(v[:, None, :] * w[None, :, :], 2)
+        if bias is not None:
+            total += tl.load(bias + m, m < M, 0.0).to(tl.float32)[None, :]
+        total = tl.where(run[:, None], total, 0.0)
+    where = (row[:, None] < B) & (m[None, :] < M)
+    tl.store(out + row[:, None] * M + m[None, :], total.to(out.dtype.element_ty), where)
+
+
+def product_where(x: torch.Tensor, runs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x · weightᵀ + bias of the rows that run, 0 in the others: x (B, 1, N), runs (B) bool, weight (M, N), bias (M) → (B, 1, M)."""
+    (B, _, N), M = x.shape, weight.size(0)
+    rows = triton.next_power_of_2(B)
+    out = torch.empty(B, 1, M, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(M, OUTPUTS),)
+    inputs = TILE // (rows * OUTPUTS)
+    product_of[grid](x.contiguous(), runs.contiguous(), weight, bias, out, B, M, N, rows, OUTPUTS, inputs, num_warps=4)
+    return out
