@@ -98,8 +98,8 @@ class SurprisedBlock(RoutedBlock):
         """G of (B, T) surprises in a whole pass, noting how it came about and, for steps, what will be needed again."""
         window, scalars = self.config.ma_window, self.router.acting()
         if ctx.cache:
-            whole = d_st.new_full((d_st.size(0),), d_st.size(1), dtype=torch.int64)
-            ends = (ctx.ends if ctx.lengths else whole)[:, None]
+            whole = torch.full_like(d_st[:, :1], d_st.size(1), dtype=torch.int64)
+            ends = ctx.ends[:, None] if ctx.lengths else whole  # (B, 1)
             ring = routers.last_values(d_st, ends, window)  # (B, window)
             ctx.cache.layers[self.index].state |= {"ring": ring, "scalars": torch.stack(scalars)}
         average = routers.moving_average(d_st, window)  # (B, T)

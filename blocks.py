@@ -474,7 +474,10 @@ class RoutedBlock(Block):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def part_delta(self, x, attention, runs=None):
-        """Δ of what is routed, on some tokens (B, k, d); attention: that of their normalised hidden states. runs: see kernels.Linear."""
+        """Δ of what is routed, on some tokens (B, k, d).
+
+        attention: that of their normalised hidden states. runs: see kernels.Linear.
+        """
         if self.config.routed_part == "mlp":
             return self.mlp(self.post_attention_layernorm(x), runs)
         update = attention(self.input_layernorm(x))

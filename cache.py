@@ -62,8 +62,10 @@ class LayerCache:
         keys[rows_of_device, :, places], values[rows_of_device, :, places] = k[:, :, 0], v[:, :, 0]
         if len(rows) < len(self.lengths):
             keys, values = keys[rows_of_device], values[rows_of_device]
-        mask = torch.arange(S, device=k.device) <= places[:, None] if ragged else None  # (rows, S)
-        return keys, values, mask if mask is None else mask[:, None, None]
+        mask = (
+            (torch.arange(S, device=k.device) <= places[:, None])[:, None, None] if ragged else None
+        )  # (rows, 1, 1, S)
+        return keys, values, mask
 
 
 class Cache:

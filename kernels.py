@@ -35,9 +35,9 @@ TRITON = importlib.util.find_spec("triton") is not None  # with torch for GPUs
 
 
 def _triton():
-    import triton_kernels
+    import gpu_kernels
 
-    return triton_kernels
+    return gpu_kernels
 
 
 # A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
@@ -136,7 +136,10 @@ class Linear(nn.Linear):
     """nn.Linear through `linear`."""
 
     def forward(self, x, runs=None):
-        """runs (B) bool, where `skips_idle`: x (B, 1, n) → (B, 1, m), 0 in rows that do not run; if none does, nothing is read."""
+        """runs (B) bool, only where `skips_idle`: x (B, 1, n) → (B, 1, m), 0 in rows that do not run.
+
+        If none does, the weights are not read.
+        """
         if runs is None:
             return linear(x, self.weight, self.bias)
         return torch.ops.nanodtf.product_where(x, runs, self.weight, self.bias)
@@ -179,7 +182,7 @@ def _losses_and_gradient(logits, targets, teacher=None):
 
 
 def _fused():
-    """The same for a GPU, where triton is there: see triton_kernels.py."""
+    """The same for a GPU, where triton is there: see gpu_kernels.py."""
     return _triton().losses_and_gradient if TRITON else _losses_and_gradient
 
 

@@ -40,9 +40,9 @@ def device(request):
 
 
 @pytest.fixture
-def triton_kernels(device):
+def gpu_kernels(device):
     """The module, without a GPU in Triton's interpreter; its functions then take tensors on the CPU."""
-    module = pytest.importorskip("triton_kernels")
+    module = pytest.importorskip("gpu_kernels")
     if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
         pytest.skip("Triton runs on the GPU here")
     return module

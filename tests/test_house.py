@@ -15,7 +15,7 @@ LEAVES = {
     "data",
     "errors",
     "files",
-    "triton_kernels",
+    "gpu_kernels",
     "kernels",
     "routers",
 }  # which know nobody but each other

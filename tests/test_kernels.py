@@ -151,8 +151,8 @@ def test_loss_memory_is_bounded():
 @pytest.mark.parametrize("V", [7, 1000, 4096, 9001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("taught", [False, True])
-def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, triton_kernels):
-    """The kernels themselves, without a GPU run by Triton's interpreter: losses and gradients, for words that no block ends with."""
+def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, gpu_kernels):
+    """The kernels themselves, without a GPU in Triton's interpreter: losses, gradients, for words that no block ends with."""
     torch.manual_seed(V)
     logits, teacher = ((4 * torch.randn(5, V)).to(dtype) for _ in range(2))
     targets = torch.randint(0, V, (5, 1))
@@ -164,7 +164,7 @@ def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, triton_kernels)
     else:
         expected = F.cross_entropy(exact, targets[:, 0], reduction="none")
     expected.sum().backward()
-    losses, grad = triton_kernels.losses_and_gradient(logits.clone(), targets, teacher if taught else None)
+    losses, grad = gpu_kernels.losses_and_gradient(logits.clone(), targets, teacher if taught else None)
     torch.testing.assert_close(losses[:, 0].double(), expected, rtol=2e-6, atol=2e-6)
     # the interpreter cuts bfloat16 off where a GPU rounds: an error of up to 2⁻⁷, not 2⁻⁸
     rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
@@ -173,14 +173,14 @@ def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, triton_kernels)
 
 
 @pytest.mark.parametrize("taught", [False, True])
-def test_the_head_gets_the_same_gradients_through_triton(taught, triton_kernels, monkeypatch):
+def test_the_head_gets_the_same_gradients_through_triton(taught, gpu_kernels, monkeypatch):
     torch.manual_seed(1)
     hidden, weight = torch.randn(70, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
     teacher = (torch.randn(70, 8), torch.randn(300, 8)) if taught else None
     targets = torch.randint(0, 300, (70,))
     targets[5:9] = -100
     ours = []
-    for chunk in (kernels._losses_and_gradient, triton_kernels.losses_and_gradient):
+    for chunk in (kernels._losses_and_gradient, gpu_kernels.losses_and_gradient):
         monkeypatch.setattr(kernels, "_losses_and_gradient", chunk)
         loss = kernels.head_loss(hidden, weight, targets, teacher)
         ours.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
@@ -192,7 +192,7 @@ def test_the_head_gets_the_same_gradients_through_triton(taught, triton_kernels,
 @pytest.mark.parametrize(
     "B, n, m, biased", [(1, 5, 9, True), (1, 2000, 7, False), (3, 300, 20, True), (8, 129, 64, False)]
 )
-def test_a_product_in_triton_skips_the_rows_that_do_not_run(B, n, m, biased, dtype, triton_kernels):
+def test_a_product_in_triton_skips_the_rows_that_do_not_run(B, n, m, biased, dtype, gpu_kernels):
     """Against float64; and where none runs no weight is read: it may be anything."""
     torch.manual_seed(n)
     x, weight, bias = torch.randn(B, 1, n).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m).to(dtype)

@@ -365,12 +365,12 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
     "architecture, options",
     [("mod", {}), ("dtf", {}), ("stt", {"routed_part": "mlp"}), ("mod", {"kv": "all", "skip": "predict"})],
 )
-def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options, triton_kernels, monkeypatch):
+def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options, gpu_kernels, monkeypatch):
     """As on CUDA, without it in Triton's interpreter, in one graph. No row ever enters the first routed block."""
     model, ids = small_model(architecture, **options), random_ids(5, 9)  # of five rows, one is taken to run: none asks
     model.routed[0].causal_router.bias.data.fill_(-1e4)
-    results, asked, product = [], [], triton_kernels.product_where
-    monkeypatch.setattr(triton_kernels, "product_where", lambda *a: asked.append(a[1].tolist()) or product(*a))
+    results, asked, product = [], [], gpu_kernels.product_where
+    monkeypatch.setattr(gpu_kernels, "product_where", lambda *a: asked.append(a[1].tolist()) or product(*a))
     torch._dynamo.reset()
     compiled_step = torch.compile(Transformer.step, fullgraph=True, backend="eager")
     for skips, step in (False, Transformer.step), (True, compiled_step):

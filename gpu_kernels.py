@@ -10,7 +10,7 @@ try:  # transformers refuses a model whose files import what is not there, unles
     import triton
     import triton.language as tl
 except ImportError:
-    raise ImportError("triton_kernels.py is for GPUs with triton: kernels.py asks before it imports it") from None
+    raise ImportError("gpu_kernels.py is for GPUs with triton: kernels.py asks before it imports it") from None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss: n rows, V words. Logits are read twice and become their gradient where they lie. What torch would do one by one
@@ -115,7 +115,10 @@ def product_of(x, runs, weight, bias, out, B, M, N, ROWS: tl.constexpr, OUTPUTS:
 
 
 def product_where(x: torch.Tensor, runs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x · weightᵀ + bias of the rows that run, 0 in the others: x (B, 1, N), runs (B) bool, weight (M, N), bias (M) → (B, 1, M)."""
+    """x · weightᵀ + bias of the rows that run, 0 in the others.
+
+    x (B, 1, N), runs (B) bool, weight (M, N), bias (M) → (B, 1, M), without gradients.
+    """
     (B, _, N), M = x.shape, weight.size(0)
     rows = triton.next_power_of_2(B)
     out = torch.empty(B, 1, M, dtype=x.dtype, device=x.device)
