@@ -13,6 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 
+def constant_to_compiler(function):
+    """What torch.compiler.assume_constant_result does, without importing the compiler: half of every script's start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def onednn_is_faster() -> bool:
     """Whether float32 products should go to oneDNN on this processor, not to MKL, which torch takes.
 
@@ -127,7 +133,7 @@ def flash_runs(q, mask) -> bool:
     return mask is None and dtype.itemsize == 2 and capability(q.device.index) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot look into it, and would cut its graph at every attention
+@constant_to_compiler  # which cannot look into it, and would cut its graph at every attention
 def capability(gpu: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(gpu)
 

@@ -245,12 +245,12 @@ class Trunk(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.config = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        # Not nn.Embedding(…), which draws numbers that nothing reads, and on the meta device imports the compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.hidden_size), freeze=False)
         self.layers = nn.ModuleList(layer_class(cfg, i)(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.gradient_checkpointing = (
-            False  # keep only each layer's input, and run the layer again in the backward pass
-        )
+        # Keep only each layer's input, and run the layer again in the backward pass.
+        self.gradient_checkpointing = False
 
     def forward(self, input_ids, routing="topk", lengths=None, cache=None):
         """(B, T) ids → hidden states (B, T, d) behind the last norm, and the notes of every layer."""
@@ -298,9 +298,9 @@ class Transformer(Generation, nn.Module):
     def init_weights(self, names):
         """New values for the named tensors, drawn on the CPU one after another: the same however they are sharded."""
         for name, tensor in self.state_dict().items():
-            if name in names:
+            if name in names and not tensor.is_meta:
                 local, rows = weights.local_rows(tensor)
-                in_place = local is tensor and tensor.device.type in ("cpu", "meta")
+                in_place = local is tensor and tensor.device.type == "cpu"
                 whole = tensor if in_place else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 self.init_tensor(name, whole)
                 if not in_place:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import constant_to_compiler
+
 # Initial values of the surprise gate's raw parameters; softplus(0.5806) = 1.025, the offset of the papers.
 SURPRISE_INIT = {"beta_ce": -0.3, "beta_cu": -0.6, "o_ce": 0.5806, "m_cu": 1.1}
 
@@ -161,7 +163,7 @@ def control_rank(router: str, layer: int, positions, group):
     return (hashed(layer, others) < hashed(layer, positions)[..., None]).sum(-1)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def control_positions(router: str, layer: int, T: int, capacity: float) -> list[int]:
     """The positions below T that run, found on the host."""
     rank = control_rank(router, layer, np.arange(T), np.arange(GROUP))

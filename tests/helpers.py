@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ import architectures
 from model import ModelConfig, Transformer
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = tuple(architectures.ARCHITECTURES)  # the four, and what a plugin has entered
 ROUTED = ARCHITECTURES[1:]
@@ -82,6 +88,43 @@ def toy_data(folder: Path, vocab: int = 64) -> Path:
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sources": {"toy": source}}))
     (folder / "tokenizer.json").write_text('{"toy": true}')
     return folder
+
+
+# What torchrun does, by fork: torch, and the compiler that its optimizers import, are loaded once, not by each rank.
+RANKS = """
+import faulthandler, json, os, sys
+import torch._dynamo, train
+ranks, jobs = json.loads(sys.argv[1])
+children = {}
+for rank in range(ranks):
+    child = os.fork()
+    if not child:
+        faulthandler.dump_traceback_later(800, exit=True)  # a hang shows where
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        for port, arguments in jobs:
+            os.environ["MASTER_PORT"] = str(port)
+            train.main(arguments)
+        sys.exit()
+    children[child] = rank
+while children:
+    child, status = os.wait()
+    del children[child]
+    if status:
+        for other in children:
+            os.kill(other, 9)
+        sys.exit(f"a rank of {ranks} failed")
+"""
+
+
+def run_ranks(ranks: int, *jobs: list, imports: str = ""):
+    """Run train.main on each list of arguments, one after another, on `ranks` ranks; `imports`: run before, in each."""
+    with ExitStack() as held:  # until all ports are found, so that no two are the same
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in jobs]
+        given = [(s.getsockname()[1], [str(a) for a in job]) for s, job in zip(sockets, jobs, strict=True)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", imports + RANKS, json.dumps([ranks, given])]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def golden_model(architecture: str) -> tuple[Transformer, dict]:

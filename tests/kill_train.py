@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import train
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-RUN = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 2, "max_steps": 60, "log_interval": 3, "eval_interval": 4}
+RUN = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 2, "max_steps": 40, "log_interval": 3, "eval_interval": 4}
 RUN |= {"save_interval": 2, "eval_batches": 6, "device": "cpu", "resume": "auto", "architecture": "dtf"}
 
 

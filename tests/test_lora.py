@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, random_ids, relative_error, small_model
-from test_train import ROOT, SEQ_LEN, VOCAB, common, cut_back, data, metrics, own_signal_handlers, start, without_clock
+from helpers import ARCHITECTURES, random_ids, relative_error, run_ranks, small_model
+from test_train import SEQ_LEN, VOCAB, common, cut_back, data, metrics, own_signal_handlers, start, without_clock
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -204,11 +203,7 @@ def test_resumed_is_undisturbed(data, start, tmp_path):
 
 
 def test_two_ranks_are_one(data, start, run, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    command += [*arguments(data, start), "--gradient_checkpointing", f"--out_dir={tmp_path / 'two'}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, [*arguments(data, start), "--gradient_checkpointing", f"--out_dir={tmp_path / 'two'}"])
     for line, other in zip(metrics(run), metrics(tmp_path / "two"), strict=True):
         for name in {"train/loss", "val/loss", "val/loss_causal", "grad_norm"} & set(line):
             assert line[name] == pytest.approx(other[name], rel=1e-4)

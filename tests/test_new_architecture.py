@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_ranks
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "tests" / "new_architecture.py").read_text()
@@ -37,14 +38,6 @@ import sys, torch, new_architecture
 from model import Transformer
 model, ids = Transformer.from_pretrained(sys.argv[1]), torch.arange(30)[None]
 assert torch.equal(model(ids, routing="causal").logits, torch.load(sys.argv[2]))
-"""
-RANKS = """
-import json, os, sys
-import new_architecture, train
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # several jobs in one process, each with a store of its own
-for i, arguments in enumerate(json.loads(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(30000 + os.getppid() % 10000 + i)
-    train.main(arguments)
 """
 TASK = """
 task: words
@@ -226,10 +219,8 @@ def test_a_resumed_run_and_many_ranks_are_the_same_run(trained, folder, keys):
     assert losses(folder / "stopped") == losses(trained)
     final = "final_model/model.safetensors"
     assert (folder / "stopped" / final).read_bytes() == (trained / final).read_bytes()
-    (folder / "job.py").write_text(RANKS)
     jobs = [[*keys, f"--out_dir={folder / 'ddp'}"], [*keys, "--parallel=fsdp", f"--out_dir={folder / 'fsdp'}"]]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*torchrun, str(folder / "job.py"), json.dumps(jobs)], cwd=ROOT)
+    run_ranks(2, *jobs, imports="import new_architecture")
     for kind in ("ddp", "fsdp"):
         step = folder / kind / "step_0000008"
         assert json.loads((step / "state.json").read_text())["world_size"] == 2

@@ -1,15 +1,11 @@
 """Many ranks: DDP and FSDP are one computation on any number of them, from any checkpoint; and the estimate of memory."""
 
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import run_ranks, small_model
 from test_train import ARCHITECTURES, VOCAB, common, data, without_clock  # noqa: F401
 
 import checkpoint
@@ -19,27 +15,7 @@ from device import autocast
 from errors import CheckpointError, ConfigError, ModelError
 from model import ModelConfig, Transformer
 
-STEPS = ["--grad_accum_steps=4", "--max_steps=20", "--log_interval=1", "--eval_interval=10", "--save_interval=0"]
-JOB = """
-import faulthandler, json, os, sys
-import train
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # several jobs in one process, each with a store of its own
-faulthandler.dump_traceback_later(800, exit=True)  # a hang shows where
-for i, arguments in enumerate(json.loads(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 10000 + i)  # below those that the system hands out
-    train.main(arguments)
-"""
-
-
-def torchrun(folder, ranks, jobs):
-    """Run train.main on each list of arguments, one after another, on `ranks` ranks."""
-    (folder / "job.py").write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [folder / "job.py", json.dumps([[str(a) for a in job] for job in jobs])]
-    env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+STEPS = ["--grad_accum_steps=4", "--max_steps=12", "--log_interval=1", "--eval_interval=6", "--save_interval=0"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +36,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, start, tmp_path_factory):  # noqa: F811
-    """20 steps of every architecture: <folder>/{one, ddp2, fsdp2, ddp4}/<architecture>, and some that were resumed."""
+    """12 steps of every architecture: <folder>/{one, ddp2, fsdp2, ddp4}/<architecture>, and some that were resumed."""
     folder = tmp_path_factory.mktemp("ranks")
 
     def job(kind, architecture, *keys):
@@ -68,7 +44,7 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
         return [*common(data), *STEPS, f"--init_from={start / architecture}", out, *keys]
 
     def resumed(kind, architecture, of, *keys):
-        step = folder / of / architecture / "step_0000015"
+        step = folder / of / architecture / "step_0000009"
         return [f"--resume={step}", f"--out_dir={folder / kind / architecture}", *keys]
 
     for architecture in ARCHITECTURES:
@@ -77,7 +53,7 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     saved, two = {"ddp2": ("mod", "dtf"), "fsdp2": ("dtf", "stt")}, []
     for kind, keys in (("ddp2", []), ("fsdp2", [fsdp])):
         for architecture in ARCHITECTURES:
-            two.append(job(kind, architecture, *keys, f"--save_interval={15 * (architecture in saved[kind])}"))
+            two.append(job(kind, architecture, *keys, f"--save_interval={9 * (architecture in saved[kind])}"))
     two += [
         resumed("ddp2_ddp2", "dtf", "ddp2"),
         resumed("fsdp2_fsdp2", "stt", "fsdp2"),
@@ -98,9 +74,8 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     two += [job("control", "mod", *control)]
     two += [job("offload", "dtf", fsdp, "--offload")]
     two += [job("half", "dtf", fsdp, "--dtype=bfloat16"), job("half", "stt", fsdp, "--dtype=float16")]
-    torchrun(folder, 2, two)
-    four = [job("ddp4", architecture) for architecture in ARCHITECTURES]
-    torchrun(folder, 4, four)
+    run_ranks(2, *two)
+    run_ranks(4, *(job("ddp4", architecture) for architecture in ARCHITECTURES))
     return folder
 
 
@@ -157,21 +132,21 @@ def test_from_scratch_all_weights_and_thresholds_are_those_of_one_rank(runs):
 def test_every_checkpoint_goes_on_anywhere(runs, tmp_path):
     """On the same ranks to the bit; on other ranks, sharded or not, with the same losses."""
     for kind, architecture, of in (("ddp2_ddp2", "dtf", "ddp2"), ("fsdp2_fsdp2", "stt", "fsdp2")):
-        later = [line for line in without_clock(runs / of / architecture) if line["step"] > 15]
+        later = [line for line in without_clock(runs / of / architecture) if line["step"] > 9]
         assert without_clock(runs / kind / architecture) == later
         models = [runs / k / architecture / "final_model" / "model.safetensors" for k in (kind, of)]
         assert models[0].read_bytes() == models[1].read_bytes()
     others = [("ddp2_fsdp2", "mod"), ("fsdp2_ddp2", "dtf")]
-    train.main([f"--resume={runs / 'fsdp2' / 'stt' / 'step_0000015'}", f"--out_dir={tmp_path}", "--parallel=ddp"])
+    train.main([f"--resume={runs / 'fsdp2' / 'stt' / 'step_0000009'}", f"--out_dir={tmp_path}", "--parallel=ddp"])
     for kind, architecture, path in [(*k, runs / k[0] / k[1]) for k in others] + [("one", "stt", tmp_path)]:
-        later = [line for line in without_clock(runs / "one" / architecture) if line["step"] > 15]
+        later = [line for line in without_clock(runs / "one" / architecture) if line["step"] > 9]
         assert_equal_losses(later, without_clock(path)), kind
 
 
 def test_a_damaged_share_is_refused(runs, tmp_path):
     """60 random changes and cuts of a sharded checkpoint, and every file removed: the one before is used."""
     shutil.copytree(runs / "fsdp2" / "stt", tmp_path / "run")
-    path, before = tmp_path / "run" / "step_0000020", tmp_path / "run" / "step_0000015"
+    path, before = tmp_path / "run" / "step_0000012", tmp_path / "run" / "step_0000009"
     files, rng, warned = sorted(path.iterdir()), random.Random(0), []
     assert sum(file.name.startswith("shard-") for file in files) == 2
     for trial in range(60 + len(files)):
@@ -193,7 +168,7 @@ def test_a_damaged_share_is_refused(runs, tmp_path):
 
 
 def test_a_sharded_step_is_exported_a_file_at_a_time(runs, tmp_path):
-    step, final = runs / "fsdp2" / "dtf" / "step_0000020", runs / "fsdp2" / "dtf" / "final_model"
+    step, final = runs / "fsdp2" / "dtf" / "step_0000012", runs / "fsdp2" / "dtf" / "final_model"
     with pytest.raises(ModelError, match="sharded checkpoint: python checkpoint.py export"):
         Transformer.from_pretrained(step)
     checkpoint.export(step, tmp_path / "out", shard_size=20_000)
