@@ -951,7 +951,8 @@ def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys):
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.main([f"--input={text}", f"--out_dir={data}", "--vocab_size=300", "--val_fraction=0.5", "--num_proc=1"])
     keys = [f"--data_dir={data}", f"--out_dir={run}", "--architecture=mod", "--hidden_size=32", "--max_steps=2"]
-    keys += ["--num_hidden_layers=2", "--seq_len=32", "--batch_size=2", "--eval_batches=1000", "--device=cpu", "--eval_tasks=perplexity"]
+    keys += ["--num_hidden_layers=2", "--seq_len=32", "--batch_size=8", "--eval_batches=1000", "--device=cpu"]
+    keys += ["--eval_tasks=perplexity"]
     train.main(keys)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["routing"]: row for row in results["perplexity"]}
