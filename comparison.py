@@ -186,7 +186,7 @@ def picture(document: dict):
             fig = Figure(figsize=(12, 4.6), layout="constrained")
             draw_training(fig, document)
         else:
-            fig = Figure(figsize=(12, 8), layout="constrained")
+            fig = Figure(layout="constrained")
             draw_inference(fig, document)
     return fig
 
@@ -225,22 +225,38 @@ def draw_training(fig, document: dict):
     fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: one line and mark a run")
 
 
+def inference_panels(document: dict) -> list[tuple[str, str, dict[str, float]]]:
+    """(title, label of the axis, {arm: a multiple of the reference's}) of each speed; of FLOPs before one is measured."""
+    reference, panels = document["reference"], []
+    for measure in (measure for measure in SPEEDS if measure != "training"):
+        ratios = {arm: speeds[measure]["ratio"] for arm, speeds in document["speeds"].items() if measure in speeds}
+        if ratios:
+            panels.append((SPEEDS[measure].capitalize(), f"tokens/s, as a multiple of {reference}'s", ratios))
+    if panels:
+        return panels
+    flops = per_run(document, lambda run: run["costs"].get("flops_per_token"))
+    means = {arm: statistics.fmean(of_arm.values()) for arm, of_arm in flops.items() if of_arm}
+    ratios = {arm: mean / means[reference] for arm, mean in means.items()} if reference in means else {}
+    return [("Inference", f"FLOPs a token, as a multiple of {reference}'s", ratios)]
+
+
 def draw_inference(fig, document: dict):
-    """Loss over each speed that was measured, relative to the reference's."""
+    """Loss over each speed that was measured, relative to the reference's; over FLOPs before one is."""
     text, reference = texts(document)[0], document["reference"]
-    values = losses(document, text, "causal")
-    measures = [m for m in SPEEDS if m != "training" and any(m in speed for speed in document["speeds"].values())]
-    axes = fig.subplots(2, -(-len(measures) // 2) or 1, sharey=True, squeeze=False)
-    for ax in axes.flat[len(measures) :]:
+    values, panels = losses(document, text, "causal"), inference_panels(document)
+    rows = min(2, len(panels))
+    fig.set_size_inches(6 * -(-len(panels) // rows), 4 * rows)
+    axes = fig.subplots(rows, -(-len(panels) // rows), sharey=True, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    for ax, measure in zip(axes.flat, measures, strict=False):
-        ax.set(title=SPEEDS[measure].capitalize(), xlabel=f"tokens/s, as a multiple of {reference}'s")
+    for ax, (title, label, ratios) in zip(axes.flat, panels, strict=False):
+        ax.set(title=title, xlabel=label)
         labels = []
         for arm, look in looks(document).items():
-            speed, marks = document["speeds"].get(arm, {}).get(measure), list(values[arm].values())
-            if speed and marks:
-                ax.plot([speed["ratio"]] * len(marks), marks, linestyle="", **look, markersize=5)
-                labels.append((speed["ratio"], statistics.fmean(marks), arm, look["color"]))
+            marks = list(values[arm].values())
+            if arm in ratios and marks:
+                ax.plot([ratios[arm]] * len(marks), marks, linestyle="", **look, markersize=5)
+                labels.append((ratios[arm], statistics.fmean(marks), f"{MARKS[look['marker']]} {arm}", look["color"]))
         if values.get(reference):
             ax.axhline(statistics.fmean(values[reference].values()), color="#BBBBBB", linewidth=0.6, zorder=0)
         ax.margins(0.15, 0.12)

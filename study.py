@@ -1,6 +1,7 @@
 """A study: arms × seeds, each an ordinary run of train.py, then tables with intervals and a picture.
 
     python study.py config/study_scratch.py --jobs=2
+    python study.py config/study_scratch.py --seeds=1,2,3 --only=dense,random    these arms now, the rest another day
     python study.py config/study_scratch.py --report             of what is finished, without running anything
 
 A study that was killed, or stopped by Ctrl-C or SIGTERM, goes on where it stopped: a finished run is never repeated, and
@@ -56,6 +57,7 @@ class StudyConfig:
     common: dict = field(default_factory=dict)  # keys of train.py of every run; flops: as many steps as come to so many
     arms: dict[str, dict] = field(default_factory=dict)  # {name: keys of train.py}, over those of common
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # every arm is run with each
+    only: list[str] = field(default_factory=list)  # arms that are run now (empty: all); what is finished stays
     reference: str = "dense"  # the arm that the others are compared with
     judge: list[str] = field(default_factory=list)  # text files, token folders: final models are scored on them too
     judge_tokens: Count = 100_000  # of each text that are scored, at most
@@ -72,6 +74,9 @@ class StudyConfig:
         found = problems(self)
         if self.reference not in self.arms:
             found.append(f"reference={self.reference!r} is not one of the arms: {', '.join(self.arms) or 'none'}")
+        found += [
+            f"only={arm} is not one of the arms: {', '.join(self.arms)}" for arm in self.only if arm not in self.arms
+        ]
         for arm, keys in {"common": self.common, **self.arms}.items():
             if not re.fullmatch(r"\w[\w.=+-]*", arm):
                 found.append(f"the arm {arm!r} cannot be a folder: letters, digits and _.=+- only")
@@ -130,7 +135,7 @@ class Run:
 
 
 def plan(cfg: StudyConfig) -> list[Run]:
-    """All runs: every arm with the first seed, then with the next. Raises ConfigError."""
+    """What is finished and what is to be run, every arm with the first seed, then with the next. Raises ConfigError."""
     base, keys_of, found = {}, {}, []
     for path in cfg.configs:
         base |= {name: value for name, value in read_config(path).items() if name not in OURS}
@@ -145,13 +150,15 @@ def plan(cfg: StudyConfig) -> list[Run]:
         raise ConfigError("; ".join(found))
     recorded = {(run["arm"], run["seed"]): run for run in reported(cfg).get("runs", [])}
     runs = []
-    for seed in cfg.seeds:
+    for seed in dict.fromkeys([*cfg.seeds, *(seed for _, seed in recorded)]):
         for arm, keys in keys_of.items():
             folder = Path(cfg.out_dir) / f"{arm}-{seed}"
             command = ["train.py", *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
             command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
             settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
-            runs.append(Run(arm, seed, folder, command, settings, recorded.get((arm, seed))))
+            run = Run(arm, seed, folder, command, settings, recorded.get((arm, seed)))
+            if run.finished or (seed in cfg.seeds and arm in (cfg.only or cfg.arms)):
+                runs.append(run)
     return runs
 
 
@@ -294,9 +301,8 @@ def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
     """Scores a final model on a text under both routings, by bench.py; its losses go to judge.json."""
     seq_len, found = run.settings["seq_len"], run.folder / "bench.json"
     found.unlink(missing_ok=True)
-    windows = max(
-        1, cfg.judge_tokens // max(1, seq_len // 2) - 1
-    )  # each is asked for its second half, the first for all
+    # Each window is asked for its second half, the first for all.
+    windows = max(1, cfg.judge_tokens // max(1, seq_len // 2) - 1)
     keys = {"tasks": "perplexity", "model_path": run.model, "text": text, "output_path": found, "limit": windows}
     keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.settings.get("device", "auto"), "dtype": "float32"}
     children.call(run.name, ["bench.py", *(f"--{key}={value}" for key, value in keys.items())], log)

@@ -96,11 +96,12 @@ def test_it_goes_on_and_an_arm_that_fails_does_not_keep_the_others(folder, kille
 
 def test_a_second_time_nothing_is_done_but_what_failed(folder, finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*") if "broken" not in str(path)}
-    assert len(before) >= 4 * 7 and run(folder, "--seeds=1") == 1
+    assert len(before) >= 4 * 7 and run(folder, "--seeds=1", "--only=half,broken") == 1
     assert before == {path: path.stat().st_mtime_ns for path in before}
     error = capsys.readouterr().err
     assert "broken-1 failed" in error and "'no number' is not float" in error
-    assert "2 of 3 runs are finished" in error and "dense-1 failed" not in error
+    assert "4 of 5 runs are finished" in error and "dense-1 failed" not in error
+    assert len(json.loads((folder / "r.json").read_text())["runs"]) == 4, "what is not asked for again stays"
 
 
 def test_changed_settings_are_refused_with_the_cure(folder, finished):
@@ -179,6 +180,30 @@ def test_another_machine_goes_on_from_the_results(folder, finished, tmp_path, ca
         run(folder, *elsewhere, "--common", str(RUN | SHAPE | {"lr_base": 0.02}))
 
 
+def test_only_the_named_arms_are_run(folder, tmp_path):
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    (settings,) = study.configure("", [str(folder / "study.py"), *elsewhere, "--only=half"], study.StudyConfig)
+    assert [run.name for run in study.plan(study.StudyConfig(**settings))] == ["half-1", "half-2"]
+
+
+def test_without_speeds_the_picture_is_over_flops():
+    """A picture of inference before a speed was measured shows every arm, at its share of the reference's FLOPs."""
+    losses = {"dense": [3.0, 3.2], "half": [3.4], "drop": [3.3]}
+    runs = [
+        {"arm": arm, "seed": seed, "losses": {"validation": {"causal": loss}}, "costs": {"flops_per_token": flops}}
+        for (arm, of_arm), flops in zip(losses.items(), (200, 150, 100), strict=True)
+        for seed, loss in enumerate(of_arm)
+    ]
+    document = {"reference": "dense", "axis": "inference", "runs": runs, "speeds": dict.fromkeys(losses, {})}
+    (ax,) = comparison.picture(document).axes
+    marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
+    assert marks == [(1, 3.0), (1, 3.2), (0.75, 3.4), (0.5, 3.3)]
+    assert "FLOPs" in ax.get_xlabel() and {"● dense", "● half", "● drop"} == {text.get_text() for text in ax.texts}
+    document["speeds"]["half"] = {"decode1": {"ratio": 1.5}}
+    (ax,) = comparison.picture(document).axes
+    assert ax.get_title(loc="left") == "Decoding, batch 1" and [text.get_text() for text in ax.texts] == ["● half"]
+
+
 def test_a_log_that_another_process_writes_is_waited_for(folder, finished):
     """A study that was killed by SIGKILL leaves runs behind that go on: they hold the lock of their log."""
     with open(folder / "lock.log", "a") as log:
@@ -230,8 +255,8 @@ def test_the_studies_that_come_along_are_sound(path):
 
 
 def test_bad_studies_are_refused_at_once(folder):
-    wrong = ["--reference=half_", "--judge=a/x,b/x", "--seeds=1,1", '--arms={"a/b": {}, "c": {"seed": 1}}']
+    wrong = ["--reference=half_", "--only=none", "--judge=a/x,b/x", "--seeds=1,1", '--arms={"a/b": {}, "c": {"seed": 1}}']
     with pytest.raises(ConfigError) as e:
         run(folder, *wrong)
-    for part in ("reference='half_'", "'a/b' cannot be a folder", "c sets seed", "judge=a/x,b/x", "seeds=[1, 1]"):
+    for part in ("reference='half_'", "'a/b' cannot be a folder", "c sets seed", "judge=a/x,b/x", "seeds=[1, 1]", "only=none is not"):
         assert part in str(e.value)
