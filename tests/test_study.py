@@ -194,7 +194,7 @@ def test_without_speeds_the_picture_is_over_flops():
         for (arm, of_arm), flops in zip(losses.items(), (200, 150, 100), strict=True)
         for seed, loss in enumerate(of_arm)
     ]
-    document = {"reference": "dense", "axis": "inference", "runs": runs, "speeds": dict.fromkeys(losses, {})}
+    document = {"reference": "dense", "axis": "inference", "runs": runs, "speeds": {arm: {} for arm in losses}}
     (ax,) = comparison.picture(document).axes
     marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
     assert marks == [(1, 3.0), (1, 3.2), (0.75, 3.4), (0.5, 3.3)]
