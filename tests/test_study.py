@@ -255,8 +255,21 @@ def test_the_studies_that_come_along_are_sound(path):
 
 
 def test_bad_studies_are_refused_at_once(folder):
-    wrong = ["--reference=half_", "--only=none", "--judge=a/x,b/x", "--seeds=1,1", '--arms={"a/b": {}, "c": {"seed": 1}}']
+    wrong = [
+        "--reference=half_",
+        "--only=none",
+        "--judge=a/x,b/x",
+        "--seeds=1,1",
+        '--arms={"a/b": {}, "c": {"seed": 1}}',
+    ]
     with pytest.raises(ConfigError) as e:
         run(folder, *wrong)
-    for part in ("reference='half_'", "'a/b' cannot be a folder", "c sets seed", "judge=a/x,b/x", "seeds=[1, 1]", "only=none is not"):
+    for part in (
+        "reference='half_'",
+        "'a/b' cannot be a folder",
+        "c sets seed",
+        "judge=a/x,b/x",
+        "seeds=[1, 1]",
+        "only=none is not",
+    ):
         assert part in str(e.value)
