@@ -213,6 +213,22 @@ class Predictor(MLP):
         return self.down_proj(F.silu(gate) * up)
 
 
+class LinearGuess(kernels.Linear):
+    """The cheapest guess of what a block does, W · x / rms(x) + b: zero at first, or fitted to a parent (conversion.py)."""
+
+    initial = {"weight": 0.0}
+
+    def __init__(self, cfg):
+        super().__init__(cfg.hidden_size, cfg.hidden_size)
+        self.eps = cfg.rms_norm_eps
+
+    def forward(self, x):
+        return super().forward((x * routers.inverse_rms(x, self.eps)).to(x.dtype))
+
+
+GUESSES = {"predict": Predictor, "linear": LinearGuess}  # what stands in for a block on skipped tokens
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bytes of the numbers that a training step keeps."""
@@ -365,8 +381,8 @@ class RoutedBlock(Block):
         self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
         if cfg.causal_decision == "threshold":
             self.register_buffer("threshold", torch.full((), torch.nan))  # average k-th highest score of training
-        if cfg.skip == "predict":
-            self.skip = Predictor(cfg)
+        if cfg.skip != "identity":
+            self.skip = GUESSES[cfg.skip](cfg)
 
     def score(self, x, ctx: Context, below: Notes, notes: Notes) -> Score:
         """The architecture's idea: x (B, T, d), the notes of the layer below, and this layer's, to add to."""
@@ -617,7 +633,7 @@ class RoutedBlock(Block):
         costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
         if self.config.router == "learned":
             costs.append(linear_flops(self.causal_router, T, input_grad=False))
-        if self.config.skip == "predict":
+        if self.config.skip != "identity":
             costs.append(linear_flops(self.skip, T))
         return add(costs)
 

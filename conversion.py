@@ -1,9 +1,11 @@
-"""What a conversion asks of its parent: which blocks can be spared for some of the tokens."""
+"""What a conversion asks of its parent: which blocks can be spared for some of the tokens, and what a line makes of them."""
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from blocks import Notes
+import routers
+from blocks import Notes, rope_tables
 from errors import ConfigError
 from model import ModelConfig, Transformer
 
@@ -49,3 +51,45 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
             f"blocks stand apart: at most {len(chosen) / len(costs):.2f} with these costs"
         )
     return sorted(chosen)
+
+
+RIDGE = 1e-3  # of the mean square of what the lines read, which is 1
+
+
+@torch.no_grad()
+def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tensor, batch_size: int = 8):
+    """What skip="linear" starts from: for each routed block W and b of the least squares of W · x / rms(x) + b − Δ(x), over
+    all tokens of input_ids (B, T) as the dense parent sees them; a ridge keeps directions that are hardly there from it.
+
+    Returns {name in the state dict: tensor}, and {layer: the share of Δ's square that the line explains}.
+    """
+    d, eps = config.hidden_size, config.rms_norm_eps
+    device, shape = parent.head_weight.device, (d + 1, d + 1)
+    products = {i: [torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, d)] for i in config.routed_layers}
+    squares = dict.fromkeys(config.routed_layers, 0.0)
+    batches = tqdm(input_ids.split(batch_size), "fitting linear guesses", leave=False, disable=None)
+    for ids in batches:
+        positions = torch.arange(ids.size(1), device=device)
+        rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        x = parent.model.embed_tokens(ids.to(device))  # (B, T, d)
+        for i, layer in enumerate(parent.model.layers):
+            attended = x + layer.self_attn(layer.input_layernorm(x), rope)
+            out = attended + layer.mlp(layer.post_attention_layernorm(attended))
+            if i in products:
+                read = attended if config.routed_part == "mlp" else x
+                update = (out - read).flatten(0, 1)  # (B·T, d)
+                normed = (read * routers.inverse_rms(read, eps)).flatten(0, 1)
+                normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
+                for product, other in zip(products[i], (normed, update), strict=True):
+                    product += (normed.T @ other).cpu()
+                squares[i] += update.square().sum().item()
+            x = out
+    guesses, explained = {}, {}
+    ridge = RIDGE * input_ids.numel() * torch.eye(*shape, dtype=torch.float64)
+    for i, (gram, moments) in products.items():
+        solution = torch.linalg.solve(gram + ridge, moments)  # (d + 1, d)
+        place = f"model.layers.{i}.skip"
+        guesses |= {f"{place}.weight": solution[:d].T.float().contiguous(), f"{place}.bias": solution[d].float()}
+        error = squares[i] - 2 * (solution * moments).sum() + (solution * (gram @ solution)).sum()
+        explained[i] = 1 - (error / squares[i]).item()
+    return guesses, explained

@@ -85,8 +85,9 @@ class Shape:
     )
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
-    skip: Literal["identity", "predict"] = "identity"  # predict: a small network guesses the update of skipped tokens
-    skip_weight: float = 0.05  # weight of that guess's squared error
+    # What skipped tokens get: predict: the guess of a small network; linear: of a linear map, fitted at conversion.
+    skip: Literal["identity", "predict", "linear"] = "identity"
+    skip_weight: float = 0.05  # predict: weight of the guess's squared error
     router: Literal["learned", "random", "positional"] = "learned"  # the controls: fixed positions, hashed or even
     router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states
     selection: Literal["topk", "threshold"] = "topk"  # in training; threshold: above the average k-th score

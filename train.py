@@ -36,7 +36,7 @@ import lora
 import parallel
 import publish
 from configurator import Amount, Count, NonNegative, Positive, Range, Share, cli, configure, problems
-from conversion import choose_layers, removal_costs
+from conversion import choose_layers, fit_guesses, removal_costs
 from data import TokenData
 from device import (
     Dtype,
@@ -57,9 +57,10 @@ from model import SIZES, Capacity, ModelConfig, Transformer
 from optimizer import LossScale, lr_scale, make_optimizer, set_rates, step_unless
 from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, world
 from tokenizer import vocabulary
-from weights import find_model
+from weights import fill, find_model
 
 CALIBRATING = 16_384  # tokens that thresholds are calibrated on
+FITTING = 32  # tokens for each of the hidden size's numbers that linear guesses are fitted on
 
 
 @dataclass
@@ -625,11 +626,23 @@ def convert(cfg, model_set, data, shard, size_is_set) -> Transformer:
     counts = Counter(part for _, part in places)
     new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in counts.items()) or "nothing"
     say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
+    if model.config.skip == "linear" and "skip" in counts:
+        start_guesses(cfg, model, data)
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
     return model
+
+
+def start_guesses(cfg, model, data):
+    """skip="linear": fits the guesses to the parent, on some sequences of the training text."""
+    ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
+    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
+    guesses, explained = fit_guesses(parent, model.config, ids)
+    fill(model.state_dict(), {name: lambda rows, t=t: t if rows is None else t[rows] for name, t in guesses.items()})
+    said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
+    say(f"share of each block's update that its linear guess explains: {said}")
 
 
 def spared_layers(cfg, model_set, data) -> list[int]:

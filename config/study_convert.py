@@ -39,10 +39,20 @@ _mlp = [3, 4, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 25, 26
 _real = {"architecture": "mod", "gate": "straight_through", "router_input": "normed", "kv": "all"}
 _at_half = _real | {"routed_layers": _half, "capacity": 0.5}
 _at_eighth = _real | {"routed_layers": _eighth, "capacity": 0.125}
+# A linear guess for each skipped token costs a tenth of a block: one block more is routed.
+_line = {"skip": "linear", "lr_prior": 3e-4}
+_nine = {"routed_layers": sorted([*_eighth, 18])}
+_static = {
+    "routed_layers": _eighth,
+    "router": "positional",
+    "capacity": 1 / 64,
+    "kv": "selected",
+}  # hardly ever entered
+_without = [i for i in range(30) if i not in (3, 4, 5, 12, 13, 14, 17)]  # the 7 cheapest are gone
 _dtf = {"architecture": "dtf", "routed_layers": _alternate, "capacity": 0.4}
 arms = {
     "dense": {"architecture": "dense"},
-    "drop": {"architecture": "dense", "keep_layers": [i for i in range(30) if i not in (3, 4, 5, 12, 13, 14, 17)]},
+    "drop": {"architecture": "dense", "keep_layers": _without},
     "mod_alternate": _real | {"routed_layers": _alternate, "capacity": 0.4},
     "mod_half": _at_half,
     "mod_eighth": _at_eighth,
@@ -54,6 +64,11 @@ arms = {
     "mod_mlp": _real | {"routed_layers": _mlp, "capacity": 0.5, "routed_part": "mlp", "kv": "selected"},
     "stt_half": _at_half | {"architecture": "stt"},
     "dtf_alternate": _real | _dtf,
+    "mod_eighth_linear": _at_eighth | _nine | _line,
+    "drop_linear": _real | _static | _line,
+    "random_eighth_linear": _at_eighth | _nine | _line | {"router": "random"},
+    "mod_eighth_threshold": _at_eighth | {"causal_decision": "threshold"},
+    "drop_distilled": {"architecture": "dense", "keep_layers": _without, "distill_from": "out/smollm2"},
     "mod_many": _at_half | {"capacity_choices": [0.25, 0.5, 0.75]},
 }
 seeds = [1]
