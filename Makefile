@@ -1,16 +1,16 @@
-# make demo   text, four models, one report: out/demo/report.md
+# make demo   text, four models with three seeds each, one report: out/demo/report.md
 # make test   the project's tests
 # make lint   ruff
 # make bench  the speed suite, compared with docs/benchmarks/baseline.json (deleted, it is made anew)
 PYTHON := .venv/bin/python
 SHAPE := --hidden_size=512 --num_hidden_layers=8 --num_attention_heads=8 --num_key_value_heads=2 \
 	--intermediate_size=1408 --vocab_size=8192
-RUNS := out/demo/dense out/demo/mod out/demo/dtf out/demo/stt
+RUNS := $(foreach model,dense mod dtf stt,$(foreach seed,1 2 3,out/demo/$(model)-$(seed)))
 
 .PHONY: demo test lint bench
 demo: .venv/installed
 	$(PYTHON) prepare.py
-	for run in $(RUNS); do $(PYTHON) train.py config/demo.py --architecture=$$(basename $$run) --out_dir=$$run --resume=auto || exit; done
+	$(PYTHON) study.py config/study_demo.py
 	$(PYTHON) plot.py report $(RUNS)
 
 test: .venv/installed

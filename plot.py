@@ -1,10 +1,10 @@
 """Pictures of training runs.
 
-    python plot.py out/demo/dense out/demo/dtf     losses and the router's signals over steps, runs side by side
+    python plot.py out/demo/dense-1 out/demo/dtf-1     losses and the router's signals over steps, runs side by side
     python plot.py report out/demo/*/              report.md: a table, these curves, a routing map, a sample of each
-    python plot.py routing out/demo/dtf            which tokens the router takes, on validation text
+    python plot.py routing out/demo/dtf-1          which tokens the router takes, on validation text
 
-A run is an out_dir of train.py. Pictures are written as PNG and PDF. Models are measured under causal routing.
+A run is an out_dir of train.py. In a report, runs that differ in nothing but their seed are one column. Pictures are written as PNG and PDF. Models are measured under causal routing.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+from comparison import NONE, difference, paired, spread
 from configurator import Count, cli, configure, problems
 from data import TokenData
 from device import device_name, pick_device
@@ -77,12 +78,12 @@ def read_metrics(run: str) -> dict[str, tuple[list[int], list[float]]]:
     return metrics
 
 
-def curves(runs: dict[str, dict]):
-    """Figure of {run: its metrics}: losses above; below, where there are any, the routers' signals."""
+def curves(runs: dict[str, list[dict]]):
+    """Figure of {label: metrics of its runs, one a seed}: losses above; below, where there are any, the routers' signals."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    signals = [name for name in SIGNALS if any(name in metrics for metrics in runs.values())]
+    signals = [name for name in SIGNALS if any(name in metrics for of_seeds in runs.values() for metrics in of_seeds)]
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(12, 6 if signals else 3.4), layout="constrained")
         upper, lower = fig.subfigures(2, 1, height_ratios=[1.3, 1]) if signals else (fig, None)
@@ -98,18 +99,23 @@ def curves(runs: dict[str, dict]):
     return fig
 
 
-def metric_panel(ax, runs: dict[str, dict], name: str, gap: float):
+def metric_panel(ax, runs: dict[str, list[dict]], name: str, gap: float):
     """One metric of every run that has it, over steps; circles for the same loss under causal routing."""
     ends, late = [], []
-    for (run, metrics), colour in zip(runs.items(), colours(runs), strict=True):
-        if name not in metrics:
-            continue
-        steps, values = metrics[name]
-        ax.plot(steps, values, color=colour)
-        if name == "val/loss" and "val/loss_causal" in metrics:
-            ax.plot(*metrics["val/loss_causal"], "o", color=colour, markersize=5, fillstyle="none")
-        ends.append((values[-1], f"{run} {values[-1]:.2f}", colour))
-        late += [v for s, v in zip(steps, values, strict=True) if s >= 0.15 * steps[-1] and math.isfinite(v)]
+    for (label, of_seeds), colour in zip(runs.items(), colours(runs), strict=True):
+        last = []
+        for metrics in of_seeds:
+            if name not in metrics:
+                continue
+            steps, values = metrics[name]
+            ax.plot(steps, values, color=colour, linewidth=1.4 if len(of_seeds) == 1 else 0.7)
+            if name == "val/loss" and "val/loss_causal" in metrics:
+                ax.plot(*metrics["val/loss_causal"], "o", color=colour, markersize=5, fillstyle="none")
+            last.append(values[-1])
+            late += [v for s, v in zip(steps, values, strict=True) if s >= 0.15 * steps[-1] and math.isfinite(v)]
+        if last:
+            mean = statistics.fmean(last)
+            ends.append((mean, f"{label} {mean:.2f}", colour))
     if name == "val/loss" and late:  # the fall from the initial loss would flatten all that matters later
         margin = 0.06 * (max(late) - min(late)) + 0.01
         ax.set_ylim(min(late) - margin, max(late) + margin)
@@ -128,25 +134,56 @@ def save(figure, folder: str, name: str) -> str:
 # The report
 
 
-def data_of(run: str) -> tuple[str, int]:
-    """The (data_dir, seq_len) that a run was trained with, from its newest checkpoint."""
+def config_of(run: str) -> dict:
+    """The configuration that a run was trained with, {"train": …, "model": …}, from its newest checkpoint."""
     steps = checkpoint.steps(run)
     if not steps:
         raise ConfigError(f"{run} has no checkpoint (step_*) that says what data it was trained on")
     try:
-        train = checkpoint.read_state(steps[-1])["config"]["train"]
-        return str(train["data_dir"]), int(train["seq_len"])
+        config = checkpoint.read_state(steps[-1])["config"]
+        str(config["train"]["data_dir"]), int(config["train"]["seq_len"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{steps[-1]}/state.json does not say what data the run was trained on") from None
+    return config
 
 
-count, nats, percent = "{:,.0f}".format, "{:.3f}".format, "{:.1%}".format
+def data_of(run: str) -> tuple[str, int]:
+    """The (data_dir, seq_len) that a run was trained with."""
+    train = config_of(run)["train"]
+    return str(train["data_dir"]), int(train["seq_len"])
+
+
+def kinds_of_run(folders: dict[str, str]) -> dict[str, dict[int, str]]:
+    """{label: {seed: name}} of runs {name: folder}: those that differ in nothing but their seed are of one kind."""
+    groups = {}
+    for name, folder in folders.items():
+        config = config_of(folder)
+        train = {key: value for key, value in config["train"].items() if key not in ("seed", "out_dir", "resume")}
+        key, seed = json.dumps([train, config.get("model")], sort_keys=True), config["train"].get("seed")
+        key += name * (seed in groups.get(key, {}))  # the same run once more
+        groups.setdefault(key, {})[seed] = name
+    kinds = {}
+    for names in groups.values():
+        first, label = next(iter(names.values())), os.path.commonprefix([*names.values()]).rstrip("-_./0123456789")
+        kinds[first if len(names) == 1 or not label or label in kinds else label] = names
+    return kinds
+
+
+count, percent = "{:,.0f}".format, "{:.1%}".format
 TOPK_LOSS, CAUSAL_LOSS = "validation loss, top-k routing", "validation loss, causal routing"
 
 
-def quantities(model, metrics: dict, ids: torch.Tensor, decoding: float) -> dict[str, tuple]:
-    """{quantity: (its format, its value)} of one run; NaN where it has none. decoding: tokens/s."""
-    logged = {metric: values for metric, (_, values) in metrics.items()}
+def final_losses(of_seeds: dict[int, dict], metric: str = "val/loss_causal", place: int = -1) -> dict[int, float]:
+    """{seed: a loss that its run logged, the last one} from {seed: metrics}; without seeds that logged none."""
+    return {seed: metrics[metric][1][place] for seed, metrics in of_seeds.items() if metric in metrics}
+
+
+def quantities(model, of_seeds: dict[int, dict], ids: torch.Tensor, decoding: float) -> dict[str, tuple]:
+    """{quantity: (its format, its value)} of one kind of run; losses {seed: value}; NaN where there is none.
+
+    model: of the first seed, as are all values but losses. decoding: tokens/s.
+    """
+    logged = {metric: values for metric, (_, values) in next(iter(of_seeds.values())).items()}
     last = {metric: values[-1] for metric, values in logged.items()}
     shares, cache_bytes = cached(model, ids)
     capacity = list(shares.values())
@@ -157,9 +194,9 @@ def quantities(model, metrics: dict, ids: torch.Tensor, decoding: float) -> dict
         "training, tokens/s": (count, statistics.median(logged.get("tokens_per_s", [math.nan]))),
         "decoding, tokens/s": (count, decoding),
         "KV cache, bytes per token": (count, cache_bytes),
-        "validation loss, before training": (nats, logged.get("val/loss", [math.nan])[0]),
-        TOPK_LOSS: (nats, last.get("val/loss", math.nan)),
-        CAUSAL_LOSS: (nats, last.get("val/loss_causal", math.nan)),
+        "validation loss, before training": (spread, final_losses(of_seeds, "val/loss", 0)),
+        TOPK_LOSS: (spread, final_losses(of_seeds, "val/loss")),
+        CAUSAL_LOSS: (spread, final_losses(of_seeds)),
         "causal router, accuracy": (percent, last.get("causal_accuracy", math.nan)),
         "causal router, capacity": (percent, statistics.mean(capacity) if capacity else math.nan),
     }
@@ -168,27 +205,48 @@ def quantities(model, metrics: dict, ids: torch.Tensor, decoding: float) -> dict
 def cell(quantity: str, column: dict, dense: dict | None, routed: bool) -> str:
     """One cell of the report's table: the value and, in brackets, what it is relative to dense or to the top-k loss."""
     form, value = column[quantity]
+    if form is spread:
+        text = spread(value.values())
+        if quantity == CAUSAL_LOSS and routed and value:
+            text += f" ({statistics.fmean(value.values()) / statistics.fmean(column[TOPK_LOSS][1].values()) - 1:+.2%})"
+        return text
     if not math.isfinite(value):
-        return "–"
+        return NONE
     text = form(value)
     if form in (count, si) and dense and column is not dense:
         text += f" ({value / dense[quantity][1]:.2f}×)"
-    if quantity == CAUSAL_LOSS and routed:
-        text += f" ({value / column[TOPK_LOSS][1] - 1:+.2%})"
     return text
 
 
-def table_of(runs: dict[str, dict], models: dict, ids: torch.Tensor, prompt: torch.Tensor) -> list[list[str]]:
-    """The report's table: a header row, then a row per quantity with a cell per run. ids: (B, T) validation text."""
+def table_of(runs: dict[str, dict], models: dict, dense: str | None, ids: torch.Tensor, prompt) -> list[list[str]]:
+    """The report's table: a header row, then a row per quantity with a cell per kind of run.
+
+    runs: {label: {seed: metrics}}; dense: the label that others are compared with; ids: (B, T) validation text.
+    """
     speeds = decode_speeds(models, prompt)
     columns = {name: quantities(model, runs[name], ids, speeds[name]) for name, model in models.items()}
-    routed = {name: bool(model.config.routed_layers) for name, model in models.items()}
-    dense = next((columns[name] for name in models if not routed[name]), None)
     table = [["", *models]]
     for quantity in columns[next(iter(columns))]:
-        cells = [cell(quantity, column, dense, routed[name]) for name, column in columns.items()]
+        routed = {name: bool(model.config.routed_layers) for name, model in models.items()}
+        cells = [cell(quantity, column, columns.get(dense), routed[name]) for name, column in columns.items()]
         table.append([quantity, *cells])
+        if quantity == CAUSAL_LOSS and dense and len(models) > 1:
+            losses = {name: column[quantity][1] for name, column in columns.items()}
+            table.append([f"− {dense}'s", *(difference(of_kind, losses[dense]) for of_kind in losses.values())])
     return table
+
+
+def what_seeds_say(runs: dict[str, dict], dense: str | None) -> str:
+    """How far the differences of {label: {seed: metrics}} from dense can be believed."""
+    losses = {label: final_losses(of_seeds) for label, of_seeds in runs.items()}
+    differences = {label: paired(of_kind, losses.get(dense, {})) for label, of_kind in losses.items() if label != dense}
+    if any(half == math.inf for _, half in differences.values()):
+        return "One seed: how far seeds lie apart is not known, so a difference in loss is a hint at most. study.py runs several."
+    said = "± is the standard deviation over seeds. Differences are paired by seed, with their 95 % interval."
+    if unclear := [label for label, (mean, half) in differences.items() if abs(mean) <= half]:
+        what = "whose difference from dense is smaller than what seeds make of it: these runs do not decide it"
+        said += f" **Not told apart: {', '.join(unclear)}**, {what}."
+    return said
 
 
 def map_of_all(models: dict, tokenizer, ids: torch.Tensor):
@@ -212,21 +270,25 @@ def sample_lines(name: str, model, tokenizer, prompt: torch.Tensor) -> list[str]
 
 
 def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotConfig):
-    """Writes report.md with its pictures into `out`, and prints its table."""
-    models, tokenizers = {}, {}
-    for name, folder in folders.items():
-        models[name], tokenizers[name] = open_model(folder, pick_device(cfg.device)[0])
+    """Writes report.md with its pictures into `out`, and prints its table. runs: {name: metrics}."""
     sources = {name: data_of(folder) for name, folder in folders.items()}
     if len(set(sources.values())) > 1:
         raise ConfigError(f"the runs were trained on different data or sequence lengths: {sources}")
+    kinds = kinds_of_run(folders)
+    models, tokenizers = {}, {}
+    for label, names in kinds.items():
+        folder = folders[next(iter(names.values()))]
+        models[label], tokenizers[label] = open_model(folder, pick_device(cfg.device)[0])
+    metrics = {label: {seed: runs[name] for seed, name in names.items()} for label, names in kinds.items()}
+    dense = next((label for label, model in models.items() if not model.config.routed_layers), None)
     first = next(iter(models))
-    data_dir, seq_len = sources[first]
+    data_dir, seq_len = next(iter(sources.values()))
     val = TokenData(data_dir, "val", seq_len)
     ids, _ = val.batch(0, min(cfg.sequences, len(val)))  # (B, T)
     prompt = encode(models[first], tokenizers[first], cfg.prompt)
-    table = table_of(runs, models, ids, prompt)
+    table = table_of(metrics, models, dense, ids, prompt)
 
-    save(curves(runs), out, "curves")
+    save(curves({label: [*of_seeds.values()] for label, of_seeds in metrics.items()}), out, "curves")
     routing_picture = map_of_all(models, tokenizers[first], ids[0, :160])
     if routing_picture:
         save(routing_picture, out, "routing")
@@ -236,6 +298,7 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
     measured = f"{len(ids)} × {seq_len} validation tokens of {data_dir}"
     lines = ["# Report: " + ", ".join(models), "", *markdown_table(table), ""]
     lines += ["Losses in nats per token. In brackets: relative to dense; for the causal loss, to the top-k loss.", ""]
+    lines += [what_seeds_say(metrics, dense), ""] if len(models) > 1 and dense else []
     lines += [f"Capacity, KV cache and FLOPs at inference: {measured}, causal routing.", ""]
     lines += [f"Decoding: batch 1, greedy, on {hardware}, torch {torch.__version__}.", ""]
     lines += ["## Curves", "", "![Losses and router signals over steps](curves.png)", ""]
@@ -440,7 +503,7 @@ def main(argv: list[str]):
     if command == "report":
         report(runs, folders, out, cfg)
     elif command == "curves":
-        print(save(curves(runs), out, "curves"))
+        print(save(curves({name: [metrics] for name, metrics in runs.items()}), out, "curves"))
     else:
         for name, folder in folders.items():
             title = "routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"

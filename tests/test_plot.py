@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+import statistics
 import sys
 
 import numpy as np
@@ -40,7 +42,8 @@ def folder(tmp_path_factory):
         run = root / architecture
         save_model(run / "final_model", architecture)
         (run / "step_0000020").mkdir()
-        state = {"config": {"train": {"data_dir": str(root / "data"), "seq_len": SEQ_LEN}}}
+        train = {"data_dir": str(root / "data"), "seq_len": SEQ_LEN, "seed": 1, "out_dir": str(run)}
+        state = {"config": {"train": train, "model": {"architecture": architecture}}}
         (run / "step_0000020" / "state.json").write_text(json.dumps(state))
         write_metrics(run, n, architecture)
     return root
@@ -88,7 +91,7 @@ def test_metrics_are_read_and_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_curves_show_the_logged_numbers(folder):
-    runs = {name: plot.read_metrics(str(folder / name)) for name in ("dense", "mod", "dtf")}
+    runs = {name: [plot.read_metrics(str(folder / name))] for name in ("dense", "mod", "dtf")}
     fig = plot.curves(runs)
     axes = {ax.get_title(loc="left").split(",")[0].split(":")[0]: ax for ax in fig.axes}
     assert list(axes) == ["Training loss", "Validation loss", *(t.split(",")[0] for t in plot.SIGNALS.values())]
@@ -105,7 +108,7 @@ def test_curves_show_the_logged_numbers(folder):
 
 
 def test_curves_of_a_dense_run_have_no_router_panels(folder):
-    assert len(plot.curves({"dense": plot.read_metrics(str(folder / "dense"))}).axes) == 2
+    assert len(plot.curves({"dense": [plot.read_metrics(str(folder / "dense"))]}).axes) == 2
 
 
 def test_labels_keep_apart_and_inside():
@@ -139,9 +142,11 @@ def test_report(folder, monkeypatch, capsys):
     assert table[""] == ["dense", "mod", "dtf", "stt"]
     assert table["decoding, tokens/s"] == ["200", "100 (0.50×)", "50 (0.25×)", "400 (2.00×)"]
     assert table["training, tokens/s"] == ["1,010", "1,020 (1.01×)", "1,030 (1.02×)", "1,040 (1.03×)"]  # medians
-    assert table["validation loss, before training"] == ["9.000", "9.100", "9.200", "9.300"]
-    assert table["validation loss, top-k routing"] == ["5.000", "5.100", "5.200", "5.300"]
-    assert table["validation loss, causal routing"][:2] == ["5.050", "5.151 (+1.00%)"]
+    assert table["validation loss, before training"] == ["9.0000", "9.1000", "9.2000", "9.3000"]
+    assert table["validation loss, top-k routing"] == ["5.0000", "5.1000", "5.2000", "5.3000"]
+    assert table["validation loss, causal routing"][:2] == ["5.0500", "5.1510 (+1.00%)"]
+    assert table["− dense's"][:2] == ["–", "+0.1010 one seed (+2.00%)"]
+    assert "One seed: how far seeds lie apart is not known" in report
     assert table["causal router, accuracy"] == ["–", "90.0%", "90.0%", "90.0%"]
 
     val = TokenData(str(folder / "data"), "val", SEQ_LEN)
@@ -170,6 +175,33 @@ def test_report(folder, monkeypatch, capsys):
     assert sorted(p.name for p in folder.iterdir() if p.is_file()) == [
         *("curves.pdf", "curves.png", "report.md", "routing.pdf", "routing.png"),
     ]
+
+
+def test_a_report_of_several_seeds_says_what_they_decide(folder, tmp_path, monkeypatch, capsys):
+    """Runs that differ in their seed alone are one column; a difference within its interval is named as undecided."""
+    monkeypatch.setattr(plot, "decode_speeds", lambda models, prompt: dict.fromkeys(models, 100.0))
+    for name in ("dense", "mod", "stt"):
+        for seed in (1, 2, 3):
+            run_folder = tmp_path / f"{name}-{seed}"
+            shutil.copytree(folder / name, run_folder)
+            path = run_folder / "step_0000020" / "state.json"
+            state = json.loads(path.read_text())
+            state["config"]["train"] |= {"seed": seed, "out_dir": str(run_folder)}
+            path.write_text(json.dumps(state))
+            # mod lies 0.1 above dense with every seed, stt 0.0, 0.1 and 0.2
+            write_metrics(run_folder, 5 * seed + {"dense": 0, "mod": 1, "stt": seed - 1}[name], name)
+    runs = [tmp_path / f"{name}-{seed}" for name in ("dense", "mod", "stt") for seed in (1, 2, 3)]
+    status, _, _ = run(monkeypatch, capsys, "report", *runs)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert status == 0 and report.startswith("# Report: dense, mod, stt\n")
+    finals = [5 + seed / 2 for seed in (1, 2, 3)]
+    assert f"{statistics.fmean(finals):.4f} ± {statistics.stdev(finals):.4f} | " in report
+    width = 4.3027 * 0.101 / 3**0.5  # Student's t of two degrees of freedom
+    row = next(line for line in report.splitlines() if line.startswith("| − dense's"))
+    assert "| +0.1010 ± 0.0000 (" in row and f"| +0.1010 ± {width:.4f} n.s. (" in row
+    assert "**Not told apart: stt**" in report and "One seed" not in report
+    kinds = plot.kinds_of_run({path.name: str(path) for path in [*runs, folder / "dtf"]})
+    assert kinds == {n: {s: f"{n}-{s}" for s in (1, 2, 3)} for n in ("dense", "mod", "stt")} | {"dtf": {1: "dtf"}}
 
 
 def test_decode_speeds_take_turns(folder):
@@ -263,7 +295,7 @@ def test_script_writes_pictures_where_the_runs_are(folder, monkeypatch, capsys, 
         (["report"], "no run is named"),
         (["{}/none"], "none is no run (it has no metrics.jsonl)"),
         (["{}/garbled"], "metrics.jsonl, line 2 is no JSON object with a step"),
-        (["report", "{}/untrained"], "no model in"),
+        (["report", "{}/untrained"], "has no checkpoint"),
         (["report", "{}/stateless"], "has no checkpoint"),
         (["report", "{}/odd", "{}/dense"], "different data or sequence lengths"),
         (["routing", "{}/dense"], "dense is a dense model: it routes nothing"),
