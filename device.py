@@ -1,5 +1,6 @@
 """Where tensors live and how fast that is: the device and number format of a run, and what depends on its type."""
 
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,10 +82,16 @@ def pick_device(device: str, dtype: str = "auto", local_rank: int = 0, world: in
 
 
 def fastest_dtype(kind: str) -> str:
-    """What "auto" is: on CUDA bfloat16, or float16 on GPUs that only emulate it."""
-    if kind != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    """What "auto" is: bfloat16 where it is multiplied in hardware, float16 on GPUs that only emulate it, else float32."""
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if kind == "cpu" and multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has AMX, and oneDNN, which multiplies by it, is not told to leave it alone."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    return torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
 
 
 def autocast(device, dtype: torch.dtype):

@@ -107,7 +107,7 @@ class TrainConfig:
 
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
-    dtype: Dtype = "auto"  # of products, over float32 weights; auto: on CUDA bfloat16, float16 where it has none
+    dtype: Dtype = "auto"  # of products, over float32 weights; auto: bfloat16 on CUDA and AMX
     compile: bool | Literal["auto"] = "auto"  # torch.compile, kept in TORCHINDUCTOR_CACHE_DIR; auto: on CUDA
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients, optimizer are divided over the ranks

@@ -15,6 +15,7 @@ configs = ["config/demo.py"]
 common = {
     "flops": 2e13,
     "data_dir": "data/packages",
+    "dtype": "float32",  # whatever machine the study goes on on
     "batch_size": 8,
     "eval_interval": 200,
     "eval_batches": 16,

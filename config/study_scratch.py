@@ -16,6 +16,7 @@ configs = ["config/demo.py"]
 common = {
     "flops": 1e14,
     "data_dir": "data/packages",
+    "dtype": "float32",  # whatever machine the study goes on on
     "batch_size": 8,
     "eval_interval": 250,
     "eval_batches": 16,

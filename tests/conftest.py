@@ -5,6 +5,7 @@ import shutil
 from contextlib import nullcontext
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each of xdist's workers: with more, they would wait for each other
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # float32 unless a test says so, also where there is AMX
 if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, statement by statement
 

@@ -816,6 +816,14 @@ def test_what_a_device_takes_of_number_formats(monkeypatch):
     assert device.pick_device("mps", "float16")[1] == torch.float16
     with pytest.raises(ConfigError, match="dtype=bfloat16 is not to be trusted on MPS"):
         device.pick_device("mps", "bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    limits = {None: "bfloat16", "AVX512_CORE_AMX": "bfloat16", "DEFAULT": "bfloat16", "AVX512_CORE_BF16": "float32"}
+    for limit, dtype in limits.items():  # of oneDNN
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit) if limit else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+        assert device.pick_device("cpu")[1] == getattr(torch, dtype)
+        assert device.pick_device("cpu", "float32")[1] == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert device.pick_device("cpu")[1] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
