@@ -69,9 +69,7 @@ class Shape:
     num_attention_heads: Count = 4  # query heads
     num_key_value_heads: Count = 2  # key and value heads, shared by groups of query heads
     max_position_embeddings: Count = 2048  # longest sequence, in tokens
-    model_type: Literal["qwen2", "llama", "qwen3"] = (
-        "qwen2"  # the block: biases on q, k, v; none; none, and q and k normed
-    )
+    model_type: Literal["qwen2", "llama", "qwen3"] = "qwen2"  # biases on q, k, v; none; none, and q and k normed
     head_dim: Count | None = None  # size of a head (unset: hidden_size / num_attention_heads)
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # Llama 3's, as its config.json has it
@@ -80,13 +78,10 @@ class Shape:
     eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
     calibrated: dict | None = None  # {capacity: offset of each routed layer's causal decision}: see capacity_choices
-    routed_layers: list[int] | Literal["auto"] | None = (
-        None  # blocks that skip tokens (unset: every second one, from 1)
-    )
+    routed_layers: list[int] | Literal["auto"] | None = None  # blocks that skip tokens (unset: every second, from 1)
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
-    # What skipped tokens get: predict: the guess of a small network; linear: of a linear map, fitted at conversion.
-    skip: Literal["identity", "predict", "linear"] = "identity"
+    skip: Literal["identity", "predict", "linear"] = "identity"  # what a skipped token gets: a guess of the update
     skip_weight: float = 0.05  # predict: weight of the guess's squared error
     router: Literal["learned", "random", "positional"] = "learned"  # the controls: fixed positions, hashed or even
     router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states

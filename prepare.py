@@ -1,7 +1,7 @@
 """Text sources -> token files.
 
     python prepare.py                                                   the text of Python's own standard library
-    python prepare.py --input=book.txt                                  a file, or several: --input=a.jsonl,folder
+    python prepare.py --input=book.txt                                  or several: --input='a.jsonl,folder,src/**/*.md'
     python prepare.py --input=rows.jsonl --text_key=content --tokenizer=Qwen/Qwen2.5-0.5B
     python prepare.py config/mixture.py                                 data sets of the Hugging Face hub
     python prepare.py config/mixture.py --shard=0/4                     a quarter of it; the last machine merges
@@ -47,7 +47,7 @@ SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
 
 @dataclass
 class PrepareConfig:
-    input: list[str] = field(default_factory=list)  # .txt .md .py .jsonl .parquet or folders (none: standard library)
+    input: list[str] = field(default_factory=list)  # files, folders, patterns (none: the standard library)
     text_key: str = "text"  # column of .jsonl and .parquet, or a template over columns: "{title}: {body}"
     tokenizer: str | None = None  # folder, tokenizer.json or hub id (none: a byte-level BPE is trained on the text)
     vocab_size: Annotated[int, Range(257)] = 4096  # of the BPE that is trained: 256 bytes, <|endoftext|>, merges

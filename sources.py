@@ -5,6 +5,8 @@ documents of one. A unit is a dict for JSON that says all that its text depends 
 """
 
 import difflib
+import glob
+import itertools
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import re
 import string
 import sysconfig
 import time
+import tokenize
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -64,7 +67,7 @@ class Source:
         if found:
             raise ConfigError("; ".join(found))
         subset = f"-{self.subset}" if self.subset else ""
-        name = self.name or (self.id.split("/")[-1] + subset if self.id else Path(self.input[0]).stem)
+        name = self.name or (self.id.split("/")[-1] + subset if self.id else before_wildcard(self.input[0]).stem)
         self.name = re.sub(r"[^\w.-]", "_", name)
 
 
@@ -75,7 +78,7 @@ class Unreachable(DataError):
 def read_sources(cfg):
     """The list of Source of a PrepareConfig; raises ConfigError naming every one that cannot be."""
     if not cfg.sources:
-        name = Path(cfg.input[0]).resolve().stem if cfg.input else "stdlib"
+        name = before_wildcard(cfg.input[0]).resolve().stem if cfg.input else "stdlib"
         return [Source(input=cfg.input or list(map(str, standard_library())), name=name, text=cfg.text_key)]
     if cfg.input:
         raise ConfigError("input and sources are both set: choose one")
@@ -127,11 +130,19 @@ def standard_library():
     return [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts[:-1])]
 
 
+def before_wildcard(path) -> Path:
+    """The folder in which a pattern like src/**/*.py begins; any other path as it is."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+
+
 def local_files(paths):
-    """The files of `paths`, folders searched, in a fixed order; raises DataError for what cannot be read."""
+    """The files of `paths`, folders searched, patterns followed, in a fixed order; DataError for what cannot be read."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if glob.has_magic(str(path)) and not path.exists():
+            found = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            files += [file for file in found if file.suffix in TEXT + ROWS and file.is_file()]
+        elif path.is_dir():
             below = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT + ROWS and file.is_file()]
             files += [file for file in below if "/." not in f"/{file.relative_to(path)}"]  # no hidden ones
         elif not path.is_file():
@@ -330,12 +341,20 @@ def read_parquet(path, text):
 
 
 def decode(raw, path, offset):
-    """Bytes at `offset` of a file as text; DataError with the offset of the byte that is not UTF-8."""
+    """Bytes at `offset` of a file as text: UTF-8, or what a Python file names in its first two lines (PEP 263).
+
+    Raises DataError with the offset of the byte that is neither.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        position = offset + e.start
-        raise DataError(f"{path}: byte {position} is not UTF-8: convert the file, for instance with iconv") from None
+        try:
+            with open(path, "rb") as f:
+                encoding = tokenize.detect_encoding(f.readline)[0] if Path(path).suffix == ".py" else "utf-8"
+            return raw.decode(encoding)
+        except (UnicodeDecodeError, SyntaxError):
+            position = offset + e.start
+    raise DataError(f"{path}: byte {position} is not UTF-8: convert the file, for instance with iconv")
 
 
 def columns(text):

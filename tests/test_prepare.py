@@ -463,6 +463,29 @@ def test_bad_input_gets_one_line(tmp_path, content, argv, message):
     assert not (tmp_path / "d/manifest.json").exists() and not list(tmp_path.rglob("*.bin*"))
 
 
+def test_patterns_and_the_encodings_that_python_files_name(tmp_path):
+    """What lies in a folder of Python packages: latin-1 sources, data in other formats, hidden files."""
+    below = tmp_path / "src" / "deep"
+    below.mkdir(parents=True)
+    latin = "# coding: latin-1\nname = 'é'\n"
+    (below / "latin.py").write_bytes(latin.encode("latin-1"))
+    (tmp_path / "src" / "plain.py").write_text("x = 'é'\n", encoding="utf-8")
+    (below / "rows.jsonl").write_text('{"body": 1}\n')
+    (below / ".hidden.py").write_text("secret = 1\n")
+    argv = [f"--input={tmp_path}/src/**/*.py", "--vocab_size=300", "--val_fraction=0", "--num_proc=1"]
+    prepare.main([*argv, f"--out_dir={tmp_path}/d"])
+    manifest = json.loads((tmp_path / "d/manifest.json").read_text())
+    assert list(manifest["sources"]) == ["src"]
+    ids = np.fromfile(tmp_path / "d/train/src-00000.bin", "<u2").tolist()
+    text = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json")).decode(ids, skip_special_tokens=False)
+    assert text == latin + "<|endoftext|>x = 'é'\n<|endoftext|>"
+    (below / "broken.py").write_bytes(b"# coding: none-such\n\xff")
+    with pytest.raises(DataError, match=r"broken.py: byte 20 is not UTF-8"):
+        prepare.main([*argv, f"--out_dir={tmp_path}/e"])
+    with pytest.raises(DataError, match=r"no .txt .* file in input '.*/\*.rst'"):
+        prepare.main([f"--input={tmp_path}/*.rst", f"--out_dir={tmp_path}/f"])
+
+
 @pytest.mark.parametrize(
     "name, content, text_key, message",
     [
