@@ -42,6 +42,9 @@ _at_eighth = _real | {"routed_layers": _eighth, "capacity": 0.125}
 # A linear guess for each skipped token costs a tenth of a block: one block more is routed.
 _line = {"skip": "linear", "lr_prior": 3e-4}
 _nine = {"routed_layers": sorted([*_eighth, 18])}
+_apart = {
+    "routed_layers": [4, 7, 12, 14, 17, 19, 22, 25]
+}  # dtf decides in the block below: the cheapest that stand apart
 _static = {
     "routed_layers": _eighth,
     "router": "positional",
@@ -67,6 +70,8 @@ arms = {
     "mod_eighth_linear": _at_eighth | _nine | _line,
     "drop_linear": _real | _static | _line,
     "random_eighth_linear": _at_eighth | _nine | _line | {"router": "random"},
+    "stt_eighth_linear": _at_eighth | _nine | _line | {"architecture": "stt"},
+    "dtf_eighth_linear": _at_eighth | _apart | _line | {"architecture": "dtf"},
     "mod_eighth_threshold": _at_eighth | {"causal_decision": "threshold"},
     "drop_distilled": {"architecture": "dense", "keep_layers": _without, "distill_from": "out/smollm2"},
     "mod_many": _at_half | {"capacity_choices": [0.25, 0.5, 0.75]},
