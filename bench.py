@@ -57,7 +57,7 @@ class BenchConfig:
     limit: Amount = 0  # examples of an lm-eval task, windows of perplexity and capacity (0: all)
     output_path: str = ""  # JSON file of all results (lm-eval: the model folder's eval-ROUTING.json, if not set)
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Dtype = "auto"  # of the weights, in training of products; auto: as in train.py
+    dtype: Dtype = "auto"  # of the weights, in training of products; auto: the fastest here (device.py)
     threads: Amount = 0  # CPU threads (0: torch's choice)
 
     measure: list[Measure] = field(default_factory=lambda: list(MEASURES))  # speed: what to time, of these

@@ -177,7 +177,7 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
 
 
 def picture(document: dict):
-    """Loss under causal routing, one mark a run: over training FLOPs and time, or over measured speeds of inference."""
+    """Loss under causal routing, one mark a run: over training FLOPs and time, or over speeds of inference."""
     import matplotlib
     from matplotlib.figure import Figure
 

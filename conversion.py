@@ -20,14 +20,14 @@ class Passed(nn.Module):
 @torch.no_grad()
 def removal_costs(parent: Transformer, input_ids: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """By how much the loss of a dense model grows without each of its blocks, in nats: (B, T) each → one per block."""
-    layers, losses = parent.model.layers, []
+    layers, losses, device = parent.model.layers, [], parent.head_weight.device
     parent.eval()
     for i in [None, *range(len(layers))]:
         kept = layers[i] if i is not None else None
         if i is not None:
             layers[i] = Passed()
         rows = zip(input_ids, targets, strict=True)
-        row_losses = [parent(x[None], y[None]).losses["lm"].item() for x, y in rows]
+        row_losses = [parent(x[None].to(device), y[None].to(device)).losses["lm"].item() for x, y in rows]
         losses.append(sum(row_losses) / len(row_losses))
         if i is not None:
             layers[i] = kept
@@ -63,8 +63,8 @@ def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
 
     Returns {name in the state dict: tensor}, and {layer: the share of Δ's square that the line explains}.
     """
-    d, eps = config.hidden_size, config.rms_norm_eps
-    device, shape = parent.head_weight.device, (d + 1, d + 1)
+    d, eps, device = config.hidden_size, config.rms_norm_eps, parent.head_weight.device
+    wide = torch.float64 if device.type == "cuda" else torch.float32  # of products: TF32 would round them
     products = {i: [torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, d)] for i in config.routed_layers}
     squares = dict.fromkeys(config.routed_layers, 0.0)
     batches = tqdm(input_ids.split(batch_size), "fitting linear guesses", leave=False, disable=None)
@@ -73,19 +73,20 @@ def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
         rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = parent.model.embed_tokens(ids.to(device))  # (B, T, d)
         for i, layer in enumerate(parent.model.layers):
-            attended = x + layer.self_attn(layer.input_layernorm(x), rope)
-            out = attended + layer.mlp(layer.post_attention_layernorm(attended))
+            read, update = x, layer.self_attn(layer.input_layernorm(x), rope)  # (B, T, d)
+            x = x + update
+            mlp = layer.mlp(layer.post_attention_layernorm(x))
+            read, update = (x, mlp) if config.routed_part == "mlp" else (read, update + mlp)
+            x = x + mlp
             if i in products:
-                read = attended if config.routed_part == "mlp" else x
-                update = (out - read).flatten(0, 1)  # (B·T, d)
-                normed = (read * routers.inverse_rms(read, eps)).flatten(0, 1)
+                update = update.flatten(0, 1).to(wide)  # (B·T, d)
+                normed = (read * routers.inverse_rms(read, eps)).flatten(0, 1).to(wide)
                 normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
                 for product, other in zip(products[i], (normed, update), strict=True):
                     product += (normed.T @ other).cpu()
                 squares[i] += update.square().sum().item()
-            x = out
     guesses, explained = {}, {}
-    ridge = RIDGE * input_ids.numel() * torch.eye(*shape, dtype=torch.float64)
+    ridge = RIDGE * input_ids.numel() * torch.eye(d + 1, dtype=torch.float64)
     for i, (gram, moments) in products.items():
         solution = torch.linalg.solve(gram + ridge, moments)  # (d + 1, d)
         place = f"model.layers.{i}.skip"

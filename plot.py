@@ -4,7 +4,8 @@
     python plot.py report out/demo/*/              report.md: a table, these curves, a routing map, a sample of each
     python plot.py routing out/demo/dtf-1          which tokens the router takes, on validation text
 
-A run is an out_dir of train.py. In a report, runs that differ in nothing but their seed are one column. Pictures are written as PNG and PDF. Models are measured under causal routing.
+A run is an out_dir of train.py. In a report, runs that differ in nothing but their seed are one column. Pictures are written
+as PNG and PDF. Models are measured under causal routing.
 """
 
 import json
@@ -160,12 +161,16 @@ def kinds_of_run(folders: dict[str, str]) -> dict[str, dict[int, str]]:
         config = config_of(folder)
         train = {key: value for key, value in config["train"].items() if key not in ("seed", "out_dir", "resume")}
         key, seed = json.dumps([train, config.get("model")], sort_keys=True), config["train"].get("seed")
-        key += name * (seed in groups.get(key, {}))  # the same run once more
+        if seed in groups.get(key, {}):  # the same run once more
+            key += name
         groups.setdefault(key, {})[seed] = name
     kinds = {}
     for names in groups.values():
-        first, label = next(iter(names.values())), os.path.commonprefix([*names.values()]).rstrip("-_./0123456789")
-        kinds[first if len(names) == 1 or not label or label in kinds else label] = names
+        shared = re.fullmatch(
+            r"(.+?)[-_./]\d*", os.path.commonprefix([*names.values()])
+        )  # mod_0.5 of mod_0.5-1, mod_0.5-2
+        alone = len(names) == 1 or not shared or shared[1] in kinds or shared[1] in folders
+        kinds[next(iter(names.values())) if alone else shared[1]] = names
     return kinds
 
 
@@ -236,15 +241,20 @@ def table_of(runs: dict[str, dict], models: dict, dense: str | None, ids: torch.
     return table
 
 
-def what_seeds_say(runs: dict[str, dict], dense: str | None) -> str:
+def what_seeds_say(runs: dict[str, dict], dense: str) -> str:
     """How far the differences of {label: {seed: metrics}} from dense can be believed."""
-    losses = {label: final_losses(of_seeds) for label, of_seeds in runs.items()}
-    differences = {label: paired(of_kind, losses.get(dense, {})) for label, of_kind in losses.items() if label != dense}
-    if any(half == math.inf for _, half in differences.values()):
-        return "One seed: how far seeds lie apart is not known, so a difference in loss is a hint at most. study.py runs several."
+    losses, unknown, unclear = {label: final_losses(of_seeds) for label, of_seeds in runs.items()}, [], []
+    for label, of_kind in losses.items():
+        mean, half = paired(of_kind, losses[dense])
+        if label != dense and not math.isfinite(half):
+            unknown.append(label)
+        elif label != dense and abs(mean) <= half:
+            unclear.append(label)
     said = "± is the standard deviation over seeds. Differences are paired by seed, with their 95 % interval."
-    if unclear := [label for label, (mean, half) in differences.items() if abs(mean) <= half]:
-        what = "whose difference from dense is smaller than what seeds make of it: these runs do not decide it"
+    if unknown:
+        said += f" **One seed in common with {dense}: {', '.join(unknown)}**, so that difference is a hint at most."
+    if unclear:
+        what = f"whose difference from {dense} is smaller than what seeds make of it: these runs do not decide it"
         said += f" **Not told apart: {', '.join(unclear)}**, {what}."
     return said
 
@@ -280,6 +290,12 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
         folder = folders[next(iter(names.values()))]
         models[label], tokenizers[label] = open_model(folder, pick_device(cfg.device)[0])
     metrics = {label: {seed: runs[name] for seed, name in names.items()} for label, names in kinds.items()}
+    for label, of_seeds in metrics.items():
+        ends = {logged["val/loss_causal"][0][-1] for logged in of_seeds.values() if "val/loss_causal" in logged}
+        if len(ends) > 1:
+            raise ConfigError(
+                f"the runs of {label} stand at different steps, {sorted(ends)}: finish them, or leave them out"
+            )
     dense = next((label for label, model in models.items() if not model.config.routed_layers), None)
     first = next(iter(models))
     data_dir, seq_len = next(iter(sources.values()))
@@ -299,6 +315,10 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
     lines = ["# Report: " + ", ".join(models), "", *markdown_table(table), ""]
     lines += ["Losses in nats per token. In brackets: relative to dense; for the causal loss, to the top-k loss.", ""]
     lines += [what_seeds_say(metrics, dense), ""] if len(models) > 1 and dense else []
+    lines += [
+        "All but losses is of the first seed. Training speed is what the run logged, beside whatever ran with it.",
+        "",
+    ]
     lines += [f"Capacity, KV cache and FLOPs at inference: {measured}, causal routing.", ""]
     lines += [f"Decoding: batch 1, greedy, on {hardware}, torch {torch.__version__}.", ""]
     lines += ["## Curves", "", "![Losses and router signals over steps](curves.png)", ""]

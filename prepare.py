@@ -47,7 +47,7 @@ SAMPLE = 1 << 24  # characters that a new tokenizer is trained on
 
 @dataclass
 class PrepareConfig:
-    input: list[str] = field(default_factory=list)  # files, folders, patterns (none: the standard library)
+    input: list[str] = field(default_factory=list)  # .txt .md .py .jsonl .parquet (none: standard library)
     text_key: str = "text"  # column of .jsonl and .parquet, or a template over columns: "{title}: {body}"
     tokenizer: str | None = None  # folder, tokenizer.json or hub id (none: a byte-level BPE is trained on the text)
     vocab_size: Annotated[int, Range(257)] = 4096  # of the BPE that is trained: 256 bytes, <|endoftext|>, merges

@@ -65,7 +65,7 @@ class SampleConfig:
     text: str = ""  # a UTF-8 text file to look at instead of generating; with --show_routing or --html
     html: str = ""  # write a page here that shows the text shaded by compute, with every token's details
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Dtype = "auto"  # of the weights; auto: as in train.py
+    dtype: Dtype = "auto"  # of the weights; auto: the fastest here (device.py)
     compile: bool = False  # torch.compile for the steps of generation: minutes at first, then faster
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ import string
 import sysconfig
 import time
 import tokenize
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -67,7 +68,9 @@ class Source:
         if found:
             raise ConfigError("; ".join(found))
         subset = f"-{self.subset}" if self.subset else ""
-        name = self.name or (self.id.split("/")[-1] + subset if self.id else before_wildcard(self.input[0]).stem)
+        name = self.name or (
+            self.id.split("/")[-1] + subset if self.id else before_wildcard(self.input[0]).resolve().stem
+        )
         self.name = re.sub(r"[^\w.-]", "_", name)
 
 
@@ -78,8 +81,9 @@ class Unreachable(DataError):
 def read_sources(cfg):
     """The list of Source of a PrepareConfig; raises ConfigError naming every one that cannot be."""
     if not cfg.sources:
-        name = before_wildcard(cfg.input[0]).resolve().stem if cfg.input else "stdlib"
-        return [Source(input=cfg.input or list(map(str, standard_library())), name=name, text=cfg.text_key)]
+        if not cfg.input:
+            return [Source(input=list(map(str, standard_library())), name="stdlib", text=cfg.text_key)]
+        return [Source(input=cfg.input, text=cfg.text_key)]
     if cfg.input:
         raise ConfigError("input and sources are both set: choose one")
     sources, found = {}, []
@@ -131,7 +135,9 @@ def standard_library():
 
 
 def before_wildcard(path) -> Path:
-    """The folder in which a pattern like src/**/*.py begins; any other path as it is."""
+    """The folder in which a pattern like src/**/*.py begins; a path that is there as it is."""
+    if os.path.exists(path):
+        return Path(path)
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
 
 
@@ -141,7 +147,10 @@ def local_files(paths):
     for path in map(Path, paths):
         if glob.has_magic(str(path)) and not path.exists():
             found = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            files += [file for file in found if file.suffix in TEXT + ROWS and file.is_file()]
+            found = [file for file in found if file.suffix in TEXT + ROWS and file.is_file()]
+            if not found:
+                raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {str(path)!r}")
+            files += found
         elif path.is_dir():
             below = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT + ROWS and file.is_file()]
             files += [file for file in below if "/." not in f"/{file.relative_to(path)}"]  # no hidden ones
@@ -348,12 +357,10 @@ def decode(raw, path, offset):
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        try:
-            with open(path, "rb") as f:
-                encoding = tokenize.detect_encoding(f.readline)[0] if Path(path).suffix == ".py" else "utf-8"
-            return raw.decode(encoding)
-        except (UnicodeDecodeError, SyntaxError):
-            position = offset + e.start
+        position = offset + e.start
+    if Path(path).suffix == ".py":
+        with suppress(UnicodeError, LookupError, SyntaxError), open(path, "rb") as f:
+            return raw.decode(tokenize.detect_encoding(f.readline)[0])
     raise DataError(f"{path}: byte {position} is not UTF-8: convert the file, for instance with iconv")
 
 

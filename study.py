@@ -70,6 +70,10 @@ class StudyConfig:
     picture: str = ""  # PNG file (empty: <out_dir>/study.png)
     report: bool = False  # only report what is finished
 
+    def asks(self, arm: str, seed: int) -> bool:
+        """Whether this run is to be done now; others are reported if they are finished."""
+        return seed in self.seeds and arm in (self.only or self.arms)
+
     def __post_init__(self):
         found = problems(self)
         if self.reference not in self.arms:
@@ -157,7 +161,7 @@ def plan(cfg: StudyConfig) -> list[Run]:
             command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
             settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
             run = Run(arm, seed, folder, command, settings, recorded.get((arm, seed)))
-            if run.finished or (seed in cfg.seeds and arm in (cfg.only or cfg.arms)):
+            if run.finished or cfg.asks(arm, seed):
                 runs.append(run)
     return runs
 
@@ -343,6 +347,7 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
     """Brings every run to its end, `jobs` at a time: {run that failed: why}. Exits where the study is stopped."""
     failed, said, terminal = {}, time.monotonic(), sys.stderr.isatty()
     waiting = [run for run in runs if not run.finished or (run.model.exists() and unjudged(cfg, run))]
+    waiting = [run for run in waiting if cfg.asks(run.arm, run.seed)]
     children = Children(cfg.threads)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         futures = {pool.submit(complete, cfg, run, children): run for run in waiting}

@@ -60,7 +60,7 @@ from tokenizer import vocabulary
 from weights import fill, find_model
 
 CALIBRATING = 16_384  # tokens that thresholds are calibrated on
-FITTING = 32  # tokens for each of the hidden size's numbers that linear guesses are fitted on
+FITTING = 32  # times the hidden size: training tokens that linear guesses are fitted on
 
 
 @dataclass
@@ -107,7 +107,7 @@ class TrainConfig:
 
     seed: int = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
-    dtype: Dtype = "auto"  # of products, over float32 weights; auto: bfloat16 on CUDA and AMX
+    dtype: Dtype = "auto"  # of products, over float32 weights; auto: the fastest here (device.py)
     compile: bool | Literal["auto"] = "auto"  # torch.compile, kept in TORCHINDUCTOR_CACHE_DIR; auto: on CUDA
     gradient_checkpointing: bool = False  # less memory, a third more compute
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients, optimizer are divided over the ranks
@@ -351,7 +351,8 @@ class Run:
         torch.manual_seed(cfg.seed)
         placed = {"device": self.device, "dtype": self.dtype, "offload": cfg.offload}
         shard = partial(parallel.shard, **placed) if self.sharded else None
-        model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, "size" in train_set)
+        size_is_set = "size" in train_set
+        model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, self.device, size_is_set)
         model.gradient_checkpointing = cfg.gradient_checkpointing
         if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
             model.config.calibrated = None
@@ -593,11 +594,12 @@ def go_on(saved, train_set, model_set):
     return cfg, model_cfg
 
 
-def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) -> Transformer:
+def build_model(cfg, model_set, model_cfg, resumed, data, shard, device, size_is_set) -> Transformer:
     """The model of a new or a resumed run, on the CPU or sharded. model_cfg: of a resumed one."""
     if resumed:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         model = checkpoint.load_model(resumed, shard, capacity=model_cfg.capacity)
+        check_fit(cfg, model.config, data, world())
     elif cfg.init_from == "scratch":
         of_data = {"eos_token_id": data.manifest["eot_token"], "vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **of_data | SIZES.get(cfg.size, {}) | model_set)
@@ -605,15 +607,17 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, size_is_set) ->
         model = checkpoint.empty_model(model_cfg, shard)
         model.init_weights(model.state_dict())
     else:
-        model = convert(cfg, model_set, data, shard, size_is_set)
-    check_fit(cfg, model.config, data, world())
+        model = convert(cfg, model_set, data, shard, device, size_is_set)
     return model
 
 
-def convert(cfg, model_set, data, shard, size_is_set) -> Transformer:
-    """The model of init_from, as the architecture that is asked for. Raises ConfigError where it cannot be trained on."""
+def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
+    """The model of init_from, as the architecture that is asked for. Raises ConfigError where it cannot be trained on.
+
+    device: where its parent runs, to say which blocks it can spare and what they do.
+    """
     if model_set.get("routed_layers") == "auto":
-        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data)}
+        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, device)}
     keep = cfg.keep_layers or None
     model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
@@ -626,28 +630,35 @@ def convert(cfg, model_set, data, shard, size_is_set) -> Transformer:
     counts = Counter(part for _, part in places)
     new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in counts.items()) or "nothing"
     say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
-    if model.config.skip == "linear" and "skip" in counts:
-        start_guesses(cfg, model, data)
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
+    check_fit(cfg, model.config, data, world())
+    if model.config.skip == "linear" and "skip" in counts:
+        start_guesses(cfg, model, data, device)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
     return model
 
 
-def start_guesses(cfg, model, data):
+def open_parent(cfg, data, device) -> Transformer:
+    """init_from as it is, without the blocks that do not stay."""
+    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
+    check_fit(cfg, parent.config, data, world())
+    return parent.to(device)
+
+
+def start_guesses(cfg, model, data, device):
     """skip="linear": fits the guesses to the parent, on some sequences of the training text."""
     ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
-    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
-    guesses, explained = fit_guesses(parent, model.config, ids)
-    fill(model.state_dict(), {name: lambda rows, t=t: t if rows is None else t[rows] for name, t in guesses.items()})
+    guesses, explained = fit_guesses(open_parent(cfg, data, device), model.config, ids)
+    fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
     said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
     say(f"share of each block's update that its linear guess explains: {said}")
 
 
-def spared_layers(cfg, model_set, data) -> list[int]:
+def spared_layers(cfg, model_set, data, device) -> list[int]:
     """routed_layers="auto": the blocks that the dense parent misses least, on some sequences of the training text."""
-    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
+    parent = open_parent(cfg, data, device)
     if parent.routed:
         raise ConfigError(
             f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"

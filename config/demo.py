@@ -1,6 +1,6 @@
 """One of the models of `make demo`, which trains each architecture on the same 589,824 tokens with this file:
 
-    python train.py config/demo.py --architecture=mod --out_dir=out/demo/mod-1 --seed=1
+    python train.py config/demo.py --architecture=mod --out_dir=out/mod
 
 Two minutes or so each on two CPU cores; the validation loss goes from 8.3 to 4.7 to 4.8.
 """

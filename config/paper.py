@@ -11,5 +11,6 @@ routed_part = "block"
 kv = "selected"
 router_input = "raw"
 skip = "identity"
+router = "learned"
 selection = "topk"
 gate = None  # soft; stt's straight-through

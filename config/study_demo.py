@@ -10,5 +10,5 @@ configs = ["config/demo.py"]
 arms = {name: {"architecture": name} for name in ("dense", "mod", "dtf", "stt")}
 seeds = [1, 2, 3]
 reference = "dense"
-jobs = 2  # of one thread each: two cores do more so than with two threads on one run
-speed = False  # the report measures it
+jobs = 2  # of one thread each: quicker than one run after another with two threads
+speed = False  # plot.py measures decoding, alone on the machine

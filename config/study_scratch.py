@@ -1,4 +1,4 @@
-"""Does routing pay from scratch? Ten kinds of model of the demo's size at equal FLOPs, three seeds each.
+"""Does routing pay from scratch? Nine kinds of model of the demo's size at equal FLOPs, three seeds each.
 
     python prepare.py --input='.venv/lib/**/*.py' --out_dir=data/packages     Python packages that are installed anyway
     python study.py config/study_rates.py --jobs=2                     the rates below: the best of each architecture

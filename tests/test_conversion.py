@@ -86,6 +86,10 @@ def test_a_conversion_starts_from_fitted_guesses(data, start, tmp_path, capsys):
         train.main([*keys, f"--skip={skip}", f"--out_dir={tmp_path / skip}"])
         first[skip] = metrics(tmp_path / skip)[0]["val/loss"]
     assert "update that its linear guess explains: 1 0." in capsys.readouterr().err
+    small_model("dense", vocab_size=40).save_pretrained(tmp_path / "few")
+    for key in ("--skip=linear", "--routed_layers=auto"):  # refused before anything is measured
+        with pytest.raises(ConfigError, match="has token ids up to 63, the model vocab_size=40"):
+            train.main([*keys, key, f"--init_from={tmp_path / 'few'}", f"--out_dir={tmp_path / 'x'}"])
     train.main(["--resume=auto", f"--out_dir={tmp_path / 'linear'}", "--max_steps=5"])
     assert "linear guess explains" not in capsys.readouterr().err
     parent = tmp_path / "parent"

@@ -216,7 +216,7 @@ def test_the_papers_settings_are_the_defaults():
     """config/paper.py names nothing but defaults, which the golden files were made with, and all of what may vary."""
     given = {name: value for name, value in runpy.run_path("config/paper.py").items() if not name.startswith("_")}
     assert given == {name: ModelConfig.__dataclass_fields__[name].default for name in given}
-    assert {name for means in MEANS for name in means} | {"selection", "capacity"} <= given.keys()
+    assert {name for means in MEANS for name in means} | {"selection", "capacity", "router"} == given.keys()
     config = ModelConfig(architecture="mod", num_hidden_layers=6)
     assert config.routed_layers == [1, 3, 5] and config.compact_cache
     assert ModelConfig.from_dict(ModelConfig(num_hidden_layers=6).to_dict(), architecture="dtf").routed_layers == [

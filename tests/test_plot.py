@@ -146,7 +146,7 @@ def test_report(folder, monkeypatch, capsys):
     assert table["validation loss, top-k routing"] == ["5.0000", "5.1000", "5.2000", "5.3000"]
     assert table["validation loss, causal routing"][:2] == ["5.0500", "5.1510 (+1.00%)"]
     assert table["− dense's"][:2] == ["–", "+0.1010 one seed (+2.00%)"]
-    assert "One seed: how far seeds lie apart is not known" in report
+    assert "**One seed in common with dense: mod, dtf, stt**" in report
     assert table["causal router, accuracy"] == ["–", "90.0%", "90.0%", "90.0%"]
 
     val = TokenData(str(folder / "data"), "val", SEQ_LEN)
@@ -200,8 +200,22 @@ def test_a_report_of_several_seeds_says_what_they_decide(folder, tmp_path, monke
     row = next(line for line in report.splitlines() if line.startswith("| − dense's"))
     assert "| +0.1010 ± 0.0000 (" in row and f"| +0.1010 ± {width:.4f} n.s. (" in row
     assert "**Not told apart: stt**" in report and "One seed" not in report
+    assert plot.what_seeds_say({"dense": {1: {}}, "mod": {1: {}}}, "dense").count("**") == 2
     kinds = plot.kinds_of_run({path.name: str(path) for path in [*runs, folder / "dtf"]})
     assert kinds == {n: {s: f"{n}-{s}" for s in (1, 2, 3)} for n in ("dense", "mod", "stt")} | {"dtf": {1: "dtf"}}
+    # the arm's own number stays, and a name is given once
+    named = {"mod_0.5-1": runs[3], "mod_0.5-2": runs[4], "stt-10": runs[6], "stt-11": runs[7], "stt": folder / "dtf"}
+    (tmp_path / "stt-1" / "step_0000020" / "state.json").write_text(json.dumps(state))
+    kinds = plot.kinds_of_run({name: str(path) for name, path in named.items()})
+    assert kinds == {
+        "mod_0.5": {1: "mod_0.5-1", 2: "mod_0.5-2"},
+        "stt-10": {3: "stt-10", 2: "stt-11"},
+        "stt": {1: "stt"},
+    }
+    metrics_path = tmp_path / "mod-2" / "metrics.jsonl"
+    metrics_path.write_text("".join(metrics_path.read_text().splitlines(True)[:1]))
+    status, _, err = run(monkeypatch, capsys, "report", *runs)
+    assert status == 2 and "the runs of mod stand at different steps, [0, 20]: finish them, or leave them out" in err
 
 
 def test_decode_speeds_take_turns(folder):

@@ -479,11 +479,16 @@ def test_patterns_and_the_encodings_that_python_files_name(tmp_path):
     ids = np.fromfile(tmp_path / "d/train/src-00000.bin", "<u2").tolist()
     text = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json")).decode(ids, skip_special_tokens=False)
     assert text == latin + "<|endoftext|>x = 'é'\n<|endoftext|>"
-    (below / "broken.py").write_bytes(b"# coding: none-such\n\xff")
-    with pytest.raises(DataError, match=r"broken.py: byte 20 is not UTF-8"):
-        prepare.main([*argv, f"--out_dir={tmp_path}/e"])
-    with pytest.raises(DataError, match=r"no .txt .* file in input '.*/\*.rst'"):
-        prepare.main([f"--input={tmp_path}/*.rst", f"--out_dir={tmp_path}/f"])
+    for coding in ("none-such", "hex", "undefined"):
+        head = f"# coding: {coding}\n"
+        (below / "broken.py").write_bytes(head.encode() + b"\xff")
+        with pytest.raises(DataError, match=rf"broken.py: byte {len(head)} is not UTF-8"):
+            prepare.main([*argv, f"--out_dir={tmp_path}/e"])
+    with pytest.raises(DataError, match=r"no .txt .* file in input '.*/\*.rst'"):  # though another is there
+        prepare.main([f"--input={tmp_path}/src/plain.py,{tmp_path}/*.rst", f"--out_dir={tmp_path}/f"])
+    assert sources.Source(input=["*.toml"]).name == Path.cwd().name
+    (tmp_path / "a[1].md").write_text("x")
+    assert sources.Source(input=[str(tmp_path / "a[1].md")]).name == "a_1_"
 
 
 @pytest.mark.parametrize(

@@ -822,6 +822,7 @@ def test_what_a_device_takes_of_number_formats(monkeypatch):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit) if limit else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
         assert device.pick_device("cpu")[1] == getattr(torch, dtype)
         assert device.pick_device("cpu", "float32")[1] == torch.float32
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert device.pick_device("cpu")[1] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
