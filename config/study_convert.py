@@ -17,6 +17,7 @@ checkpoints = False  # 1.6 GB each
 common = {
     "init_from": "out/smollm2",
     "data_dir": "data/convert",
+    "dtype": "float32",  # whatever machine the study goes on on
     "seq_len": 256,
     "batch_size": 4,
     "max_steps": 200,
