@@ -161,7 +161,9 @@ def report(document: dict, results: str, picture_path: str):
     notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
 paired by seed, with their 95 % Student interval, each by itself; n.s.: the interval holds zero.
 
-FLOPs at inference are of the tokens that causal routing selects on validation text; speeds were taken in turns with those of
+FLOPs at inference are of the tokens that causal routing selects on validation text."""
+    if any(document["speeds"].values()):
+        notes += f""" Speeds were taken in turns with those of
 {document["reference"]}: {document["processor"]}, {document["threads"]} threads, torch {document["torch"]}."""
     parts = ["\n".join(markdown_table(table)) for table in tables]
     parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
