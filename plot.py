@@ -2,7 +2,8 @@
 
     python plot.py out/demo/dense-1 out/demo/dtf-1     losses and the router's signals over steps, runs side by side
     python plot.py report out/demo/*/              report.md: a table, these curves, a routing map, a sample of each
-    python plot.py routing out/demo/dtf-1          which tokens the router takes, on validation text
+    python plot.py routing out/demo/dtf-1          which tokens the router takes, on validation text; of several runs,
+                                                   whether they take the same
 
 A run is an out_dir of train.py. In a report, runs that differ in nothing but their seed are one column. Pictures are written
 as PNG and PDF. Models are measured under causal routing.
@@ -465,12 +466,39 @@ def surprise_panel(ax, metrics: dict):
     label_ends(ax, [(share[-1], "S_CE", COLOURS[1]), (1 - share[-1], "S_CU", COLOURS[2])], gap=0.08)
 
 
-def routing(name: str, metrics: dict, folder: str, cfg: PlotConfig):
+def correlation(a: np.ndarray, b: np.ndarray) -> str:
+    """Pearson's r of two lists of numbers, – where one of them does not change."""
+    return f"{np.corrcoef(a, b)[0, 1]:+.2f}" if a.std() > 0 and b.std() > 0 else NONE
+
+
+def what_was_taken(selections: dict[str, Selection]) -> list[list[str]]:
+    """Table of runs {name: selection} of the same text: the share of each kind of token that enters a routed block, and how
+    the number of blocks that a token enters goes with its loss, frequency and position, and with that of the other runs.
+    """
+    entered = {name: selection.masks.sum(0) for name, selection in selections.items()}  # (n) each
+    table = [["", *selections]]
+    for kind, title in enumerate(KINDS):
+        shares = [rates(s.masks, s.kinds, len(KINDS))[:, kind].mean() for s in selections.values()]
+        table.append([f"{title}, share selected", *(NONE if np.isnan(share) else f"{share:.1%}" for share in shares)])
+    about = {
+        "the next token's loss": lambda s: s.loss,
+        "log frequency in training text": lambda s: np.log1p(s.counts),
+        "position": lambda s: np.arange(len(s.loss)) % s.seq_len,
+    }
+    for title, of in about.items():
+        cells = [correlation(entered[name], of(selection)) for name, selection in selections.items()]
+        table.append([f"blocks entered, r with {title}", *cells])
+    for other in selections if len(selections) > 1 else ():
+        cells = [NONE if name == other else correlation(entered[name], entered[other]) for name in selections]
+        table.append([f"… with those of {other}", *cells])
+    return table
+
+
+def routing(name: str, metrics: dict, selection: Selection):
     """Figure of the selection rates of a run's causal routing, by layer, kind, frequency, position and loss."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    selection = selection_of(folder, cfg)
     n, seq_len = len(selection.loss), selection.seq_len
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 6), layout="constrained")
@@ -525,9 +553,14 @@ def main(argv: list[str]):
     elif command == "curves":
         print(save(curves({name: [metrics] for name, metrics in runs.items()}), out, "curves"))
     else:
-        for name, folder in folders.items():
+        selections = {name: selection_of(folder, cfg) for name, folder in folders.items()}
+        for name, selection in selections.items():
             title = "routed_tokens" if len(folders) == 1 else f"routed_tokens_{name}"
-            print(save(routing(name, runs[name], folder, cfg), out, title))
+            print(save(routing(name, runs[name], selection), out, title))
+        if len({data_of(folder) for folder in folders.values()}) == 1:
+            table = what_was_taken(selections)
+            write_whole(os.path.join(out, "routed_tokens.md"), "\n".join(markdown_table(table)) + "\n")
+            print_table(table)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,8 @@ def test_deciles_and_rates():
 
 def test_routing_figure_shows_the_models_selection(folder):
     metrics = plot.read_metrics(str(folder / "dtf"))
-    fig = plot.routing("dtf", metrics, str(folder / "dtf"), plot.PlotConfig(sequences=3))
+    selection = plot.selection_of(str(folder / "dtf"), plot.PlotConfig(sequences=3))
+    fig = plot.routing("dtf", metrics, selection)
     by_layer, by_kind, by_frequency, by_position, by_loss, drivers = fig.axes
     ids, targets = TokenData(str(folder / "data"), "val", SEQ_LEN).batch(0, 3)
     model, _ = trained.open_model(str(folder / "dtf"))
@@ -286,6 +287,18 @@ def test_routing_figure_shows_the_models_selection(folder):
     assert ce == pytest.approx([(0.3 + s / 100) / (0.5 + s / 100) for s in range(0, 21, 5)])
     assert ce + cu == pytest.approx(1)
 
+    other = plot.selection_of(str(folder / "mod"), plot.PlotConfig(sequences=3))
+    table = {row: cells for row, *cells in plot.what_was_taken({"dtf": selection, "mod": other})}
+    entered = [sum(mask.flatten() for mask in masks.values()), torch.tensor(other.masks.sum(0))]
+    assert table[""] == ["dtf", "mod"]
+    share = torch.stack([mask.flatten()[numbers] for mask in masks.values()]).mean()
+    assert table["number, share selected"][0] == f"{share:.1%}"
+    expected = torch.corrcoef(torch.stack((entered[0], loss)))[0, 1]
+    assert table["blocks entered, r with the next token's loss"][0] == f"{expected:+.2f}"
+    both = torch.corrcoef(torch.stack([e.double() for e in entered]))[0, 1]
+    assert table["… with those of mod"] == [f"{both:+.2f}", "–"] and table["… with those of dtf"][1] == f"{both:+.2f}"
+    assert plot.correlation(np.ones(3), np.arange(3)) == "–"
+
 
 # -- the script -------------------------------------------------------------------------------------------------------
 
@@ -294,12 +307,14 @@ def test_script_writes_pictures_where_the_runs_are(folder, monkeypatch, capsys, 
     status, out, err = run(monkeypatch, capsys, folder / "mod")
     assert (status, err) == (0, "") and out == f"{folder}/mod/curves.png\n"
     assert is_picture(folder / "mod" / "curves.png") and is_picture(folder / "mod" / "curves.pdf")
-    monkeypatch.setattr(plot, "routing", lambda name, metrics, run, cfg: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(plot, "routing", lambda name, metrics, selection: Figure(figsize=(1, 1)))
     status, out, err = run(monkeypatch, capsys, "routing", folder / "mod", folder / "stt", f"--out={tmp_path}/new")
     assert (status, err) == (0, "")
     names = [f"routed_tokens_{name}.{kind}" for name in ("mod", "stt") for kind in ("pdf", "png")]
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names
+    table = tmp_path / "new" / "routed_tokens.md"
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted([*names, table.name])
     assert all(is_picture(tmp_path / "new" / name) for name in names)
+    assert "| … with those of stt |" in table.read_text() and "… with those of stt" in out
 
 
 @pytest.mark.parametrize(
