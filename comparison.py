@@ -251,38 +251,21 @@ def draw_inference(fig, document: dict):
     axes = fig.subplots(rows, -(-len(panels) // rows), sharey=True, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
+    ends = [
+        (statistics.fmean(values[arm].values()), f"{MARKS[look['marker']]} {arm}", look["color"])
+        for arm, look in looks(document).items()
+        if values[arm]
+    ]
     for ax, (title, label, ratios) in zip(axes.flat, panels, strict=False):
         ax.set(title=title, xlabel=label)
-        labels = []
         for arm, look in looks(document).items():
             marks = list(values[arm].values())
-            if arm in ratios and marks:
+            if arm in ratios:
                 ax.plot([ratios[arm]] * len(marks), marks, linestyle="", **look, markersize=5)
-                labels.append((ratios[arm], statistics.fmean(marks), f"{MARKS[look['marker']]} {arm}", look["color"]))
         if values.get(reference):
             ax.axhline(statistics.fmean(values[reference].values()), color="#BBBBBB", linewidth=0.6, zorder=0)
         ax.margins(0.15, 0.12)
-        label_points(ax, labels)
+    for ax in axes.flat[: len(panels)]:
+        label_ends(ax, ends, gap=0.05)  # in the order of their losses
     for ax in axes[:, 0]:
         ax.set_ylabel(f"nats per token of {text}, causal routing")
-
-
-def label_points(ax, points: list[tuple[float, float, str, str]]):
-    """Writes each (x, y, label, colour) beside its point, where it covers no other point and no earlier label."""
-    width, height = 0.0155, 0.05  # of a letter and of a line, as shares of the axis
-    ax.get_xlim(), ax.get_ylim()  # they are settled when asked for
-    shares = ax.transLimits.transform([(x, y) for x, y, *_ in points] or [(0, 0)])  # (points, 2)
-    taken = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in shares]
-    for (x, y), (*_, label, colour) in zip(shares, points, strict=False):
-        size, options = width * len(label), []
-        for dy in (0, 1, -1, 2, -2, 3, -3):
-            options += [(x + 0.02, y + dy * height), (x - 0.02 - size, y + dy * height)]
-        boxes = [(left, at - height / 2, left + size, at + height / 2) for left, at in options]
-
-        def cost(box):
-            hits = sum(a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken)
-            return hits + 2 * (box[0] < 0 or box[2] > 1.05 or box[1] < 0 or box[3] > 1)
-
-        best = min(boxes, key=cost)
-        taken.append(best)
-        ax.text(best[0], (best[1] + best[3]) / 2, label, color=colour, fontsize=8, va="center", transform=ax.transAxes)
