@@ -51,7 +51,7 @@ def small_model(architecture: str, seed: int = 0, **overrides) -> Transformer:
     """Random weights ten times the usual size, so that attention and routing matter to every output."""
     torch.manual_seed(seed)
     carried = getattr(architecture, "overrides", {})
-    if "num_hidden_layers" in overrides:
+    if max(carried.get("routed_layers", [0])) >= overrides.get("num_hidden_layers", SMALL["num_hidden_layers"]):
         carried = {name: value for name, value in carried.items() if name != "routed_layers"}
     overrides = carried | overrides
     model = Transformer(ModelConfig(architecture=architecture, **(SMALL | overrides))).eval()

@@ -160,10 +160,8 @@ def test_tasks_score_as_under_hflm(folders, tokenizer, task_folder, tmp_path, ca
     settings = [f"--{name}={value}" for name, value in how.items()]
     arguments = [f"--model_path={folders['dense']}", f"--tasks={files}", f"--output_path={tmp_path}/r", *settings]
     ours, _, _ = run(capsys, *arguments)
-    manager, names = (
-        TaskManager(include_path=str(task_folder), include_defaults=False),
-        ["tiny_choice", "tiny_text", "tiny_generate"],
-    )
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+    names = ["tiny_choice", "tiny_text", "tiny_generate"]
     theirs = lm_eval.simple_evaluate(hflm(folders["dense"], tokenizer), tasks=names, task_manager=manager, **how)
     assert ours["n-shot"] == theirs["n-shot"] == dict(zip(names, (2, 0, 0), strict=True))
     again, table, _ = run(capsys, *arguments[:3], settings[0])  # other settings of generation: all is run again

@@ -112,8 +112,8 @@ def test_the_loss_of_extreme_and_of_half_precise_logits():
 @pytest.mark.parametrize("vocab", [97, 1 << 17])
 def test_the_loss_against_a_teacher_is_the_kl_divergence(vocab):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(100, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
-    teacher, targets = (torch.randn(100, 8), torch.randn(vocab, 8)), torch.randint(0, vocab, (100,))
+    hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
+    teacher, targets = (torch.randn(400, 8), torch.randn(vocab, 8)), torch.randint(0, vocab, (400,))
     targets[7:20] = -100
 
     def divergence(hidden, weight, teacher):

@@ -20,7 +20,7 @@ MEANS = [
     {"skip": "predict"},
     {"skip": "linear"},
     {"routed_layers": [2, 4]},
-    {"routed_part": "mlp", "skip": "linear", "router_input": "normed", "gate": "straight_through"},
+    {"routed_part": "mlp", "skip": "predict", "router_input": "normed", "gate": "straight_through"},
     {"kv": "all", "skip": "predict", "router_input": "normed", "routed_layers": [1, 3]},
 ]
 VARIANTS = [Variant("mod", **means) for means in MEANS]
@@ -30,6 +30,7 @@ VARIANTS += [
     Variant("dtf", router="random"),
     Variant("stt", router="positional"),
     Variant("mod", routed_layers=[1, 2, 3]),
+    Variant("mod", routed_part="mlp", skip="linear", kv="all"),
 ]
 AVERAGED = [
     Variant(name, selection="threshold", causal_decision="threshold", **m)
