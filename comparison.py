@@ -246,19 +246,20 @@ def draw_inference(fig, document: dict):
     """Loss over each speed that was measured, relative to the reference's; over FLOPs before one is."""
     text, reference = texts(document)[0], document["reference"]
     values, panels = losses(document, text, "causal"), inference_panels(document)
-    rows = min(2, len(panels))
-    fig.set_size_inches(6 * -(-len(panels) // rows), 4 * rows)
-    axes = fig.subplots(rows, -(-len(panels) // rows), sharey=True, squeeze=False)
+    look_of, rows = looks(document), min(2, len(panels))
+    columns_of_panels = -(-len(panels) // rows)
+    fig.set_size_inches(6 * columns_of_panels, 4 * rows)
+    axes = fig.subplots(rows, columns_of_panels, sharey=True, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     ends = [
         (statistics.fmean(values[arm].values()), f"{MARKS[look['marker']]} {arm}", look["color"])
-        for arm, look in looks(document).items()
+        for arm, look in look_of.items()
         if values[arm]
     ]
     for ax, (title, label, ratios) in zip(axes.flat, panels, strict=False):
         ax.set(title=title, xlabel=label)
-        for arm, look in looks(document).items():
+        for arm, look in look_of.items():
             marks = list(values[arm].values())
             if arm in ratios:
                 ax.plot([ratios[arm]] * len(marks), marks, linestyle="", **look, markersize=5)

@@ -21,13 +21,14 @@ class Passed(nn.Module):
 def removal_costs(parent: Transformer, input_ids: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """By how much the loss of a dense model grows without each of its blocks, in nats: (B, T) each → one per block."""
     layers, losses, device = parent.model.layers, [], parent.head_weight.device
+    input_ids, targets = input_ids.to(device), targets.to(device)
     parent.eval()
     for i in [None, *range(len(layers))]:
         kept = layers[i] if i is not None else None
         if i is not None:
             layers[i] = Passed()
         rows = zip(input_ids, targets, strict=True)
-        row_losses = [parent(x[None].to(device), y[None].to(device)).losses["lm"].item() for x, y in rows]
+        row_losses = [parent(x[None], y[None]).losses["lm"].item() for x, y in rows]
         losses.append(sum(row_losses) / len(row_losses))
         if i is not None:
             layers[i] = kept

@@ -1,6 +1,6 @@
 """Pictures of training runs.
 
-    python plot.py out/demo/dense-1 out/demo/dtf-1     losses and the router's signals over steps, runs side by side
+    python plot.py out/demo/dense-1 out/demo/dtf-1 losses and the router's signals over steps, runs side by side
     python plot.py report out/demo/*/              report.md: a table, these curves, a routing map, a sample of each
     python plot.py routing out/demo/dtf-1          which tokens the router takes, on validation text; of several runs,
                                                    whether they take the same
@@ -106,11 +106,9 @@ def metric_panel(ax, runs: dict[str, list[dict]], name: str, gap: float):
     ends, late = [], []
     for (label, of_seeds), colour in zip(runs.items(), colours(runs), strict=True):
         last = []
-        for metrics in of_seeds:
-            if name not in metrics:
-                continue
+        for metrics in (metrics for metrics in of_seeds if name in metrics):
             steps, values = metrics[name]
-            ax.plot(steps, values, color=colour, linewidth=1.4 if len(of_seeds) == 1 else 0.7)
+            ax.plot(steps, values, color=colour, linewidth=STYLE["lines.linewidth"] / (1 if len(of_seeds) == 1 else 2))
             if name == "val/loss" and "val/loss_causal" in metrics:
                 ax.plot(*metrics["val/loss_causal"], "o", color=colour, markersize=5, fillstyle="none")
             last.append(values[-1])
@@ -136,30 +134,29 @@ def save(figure, folder: str, name: str) -> str:
 # The report
 
 
-def config_of(run: str) -> dict:
-    """The configuration that a run was trained with, {"train": …, "model": …}, from its newest checkpoint."""
+def newest_step(run: str):
+    """The newest checkpoint of a run. Raises ConfigError where there is none."""
     steps = checkpoint.steps(run)
     if not steps:
         raise ConfigError(f"{run} has no checkpoint (step_*) that says what data it was trained on")
-    try:
-        config = checkpoint.read_state(steps[-1])["config"]
-        str(config["train"]["data_dir"]), int(config["train"]["seq_len"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{steps[-1]}/state.json does not say what data the run was trained on") from None
-    return config
+    return steps[-1]
 
 
 def data_of(run: str) -> tuple[str, int]:
-    """The (data_dir, seq_len) that a run was trained with."""
-    train = config_of(run)["train"]
-    return str(train["data_dir"]), int(train["seq_len"])
+    """The (data_dir, seq_len) that a run was trained with, from its newest checkpoint."""
+    step = newest_step(run)
+    try:
+        train = checkpoint.read_state(step)["config"]["train"]
+        return str(train["data_dir"]), int(train["seq_len"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{step}/state.json does not say what data the run was trained on") from None
 
 
 def kinds_of_run(folders: dict[str, str]) -> dict[str, dict[int, str]]:
     """{label: {seed: name}} of runs {name: folder}: those that differ in nothing but their seed are of one kind."""
     groups = {}
     for name, folder in folders.items():
-        config = config_of(folder)
+        config = checkpoint.read_state(newest_step(folder))["config"]
         train = {key: value for key, value in config["train"].items() if key not in ("seed", "out_dir", "resume")}
         key, seed = json.dumps([train, config.get("model")], sort_keys=True), config["train"].get("seed")
         if seed in groups.get(key, {}):  # the same run once more
@@ -167,9 +164,8 @@ def kinds_of_run(folders: dict[str, str]) -> dict[str, dict[int, str]]:
         groups.setdefault(key, {})[seed] = name
     kinds = {}
     for names in groups.values():
-        shared = re.fullmatch(
-            r"(.+?)[-_./]\d*", os.path.commonprefix([*names.values()])
-        )  # mod_0.5 of mod_0.5-1, mod_0.5-2
+        # mod_0.5 of mod_0.5-1 and mod_0.5-2
+        shared = re.fullmatch(r"(.+?)[-_./]\d*", os.path.commonprefix([*names.values()]))
         alone = len(names) == 1 or not shared or shared[1] in kinds or shared[1] in folders
         kinds[next(iter(names.values())) if alone else shared[1]] = names
     return kinds
@@ -231,9 +227,9 @@ def table_of(runs: dict[str, dict], models: dict, dense: str | None, ids: torch.
     """
     speeds = decode_speeds(models, prompt)
     columns = {name: quantities(model, runs[name], ids, speeds[name]) for name, model in models.items()}
+    routed = {name: bool(model.config.routed_layers) for name, model in models.items()}
     table = [["", *models]]
     for quantity in columns[next(iter(columns))]:
-        routed = {name: bool(model.config.routed_layers) for name, model in models.items()}
         cells = [cell(quantity, column, columns.get(dense), routed[name]) for name, column in columns.items()]
         table.append([quantity, *cells])
         if quantity == CAUSAL_LOSS and dense and len(models) > 1:

@@ -68,9 +68,8 @@ class Source:
         if found:
             raise ConfigError("; ".join(found))
         subset = f"-{self.subset}" if self.subset else ""
-        name = self.name or (
-            self.id.split("/")[-1] + subset if self.id else before_wildcard(self.input[0]).resolve().stem
-        )
+        given = self.id.split("/")[-1] + subset if self.id else before_wildcard(self.input[0]).resolve().stem
+        name = self.name or given
         self.name = re.sub(r"[^\w.-]", "_", name)
 
 
@@ -141,18 +140,22 @@ def before_wildcard(path) -> Path:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
 
 
+def readable(paths) -> list[Path]:
+    """Those that are files of a kind that is read."""
+    return [path for path in paths if path.suffix in TEXT + ROWS and path.is_file()]
+
+
 def local_files(paths):
     """The files of `paths`, folders searched, patterns followed, in a fixed order; DataError for what cannot be read."""
     files = []
     for path in map(Path, paths):
         if glob.has_magic(str(path)) and not path.exists():
-            found = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            found = [file for file in found if file.suffix in TEXT + ROWS and file.is_file()]
+            found = readable(map(Path, sorted(glob.glob(str(path), recursive=True))))
             if not found:
                 raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {str(path)!r}")
             files += found
         elif path.is_dir():
-            below = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT + ROWS and file.is_file()]
+            below = readable(sorted(path.rglob("*")))
             files += [file for file in below if "/." not in f"/{file.relative_to(path)}"]  # no hidden ones
         elif not path.is_file():
             raise DataError(f"input {str(path)!r} is no file or folder")

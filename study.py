@@ -346,8 +346,8 @@ def progress(runs: list[Run], running: list[str], jobs: int) -> str:
 def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
     """Brings every run to its end, `jobs` at a time: {run that failed: why}. Exits where the study is stopped."""
     failed, said, terminal = {}, time.monotonic(), sys.stderr.isatty()
-    waiting = [run for run in runs if not run.finished or (run.model.exists() and unjudged(cfg, run))]
-    waiting = [run for run in waiting if cfg.asks(run.arm, run.seed)]
+    asked = [run for run in runs if cfg.asks(run.arm, run.seed)]
+    waiting = [run for run in asked if not run.finished or (run.model.exists() and unjudged(cfg, run))]
     children = Children(cfg.threads)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         futures = {pool.submit(complete, cfg, run, children): run for run in waiting}

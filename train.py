@@ -599,7 +599,6 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, device, size_is
     if resumed:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         model = checkpoint.load_model(resumed, shard, capacity=model_cfg.capacity)
-        check_fit(cfg, model.config, data, world())
     elif cfg.init_from == "scratch":
         of_data = {"eos_token_id": data.manifest["eot_token"], "vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **of_data | SIZES.get(cfg.size, {}) | model_set)
@@ -608,17 +607,23 @@ def build_model(cfg, model_set, model_cfg, resumed, data, shard, device, size_is
         model.init_weights(model.state_dict())
     else:
         model = convert(cfg, model_set, data, shard, device, size_is_set)
+    check_fit(cfg, model.config, data, world())
     return model
 
 
 def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     """The model of init_from, as the architecture that is asked for. Raises ConfigError where it cannot be trained on.
 
-    device: where its parent runs, to say which blocks it can spare and what they do.
+    device: where its parent runs, if it is asked which blocks it can spare and what they do.
     """
-    if model_set.get("routed_layers") == "auto":
-        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, device)}
-    keep = cfg.keep_layers or None
+    keep, parent = cfg.keep_layers or None, None
+    choose, fit = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
+    if choose or fit:
+        parent = Transformer.from_pretrained(cfg.init_from, keep_layers=keep)
+        check_fit(cfg, parent.config, data, world())  # before anything is measured
+        parent.to(device)
+    if choose:
+        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent)}
     model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
     if any(getattr(model.config, name) != value for name, value in shape):
@@ -632,33 +637,24 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
-    check_fit(cfg, model.config, data, world())
-    if model.config.skip == "linear" and "skip" in counts:
-        start_guesses(cfg, model, data, device)
+    if fit and "skip" in counts:
+        start_guesses(cfg, model, data, parent)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
     return model
 
 
-def open_parent(cfg, data, device) -> Transformer:
-    """init_from as it is, without the blocks that do not stay."""
-    parent = Transformer.from_pretrained(cfg.init_from, keep_layers=cfg.keep_layers or None)
-    check_fit(cfg, parent.config, data, world())
-    return parent.to(device)
-
-
-def start_guesses(cfg, model, data, device):
+def start_guesses(cfg, model, data, parent):
     """skip="linear": fits the guesses to the parent, on some sequences of the training text."""
     ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
-    guesses, explained = fit_guesses(open_parent(cfg, data, device), model.config, ids)
+    guesses, explained = fit_guesses(parent, model.config, ids)
     fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
     said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
     say(f"share of each block's update that its linear guess explains: {said}")
 
 
-def spared_layers(cfg, model_set, data, device) -> list[int]:
+def spared_layers(cfg, model_set, data, parent) -> list[int]:
     """routed_layers="auto": the blocks that the dense parent misses least, on some sequences of the training text."""
-    parent = open_parent(cfg, data, device)
     if parent.routed:
         raise ConfigError(
             f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"

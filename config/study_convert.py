@@ -43,15 +43,10 @@ _at_eighth = _real | {"routed_layers": _eighth, "capacity": 0.125}
 # A linear guess for each skipped token costs a tenth of a block: one block more is routed.
 _line = {"skip": "linear", "lr_prior": 3e-4}
 _nine = {"routed_layers": sorted([*_eighth, 18])}
-_apart = {
-    "routed_layers": [4, 7, 12, 14, 17, 19, 22, 25]
-}  # dtf decides in the block below: the cheapest that stand apart
-_static = {
-    "routed_layers": _eighth,
-    "router": "positional",
-    "capacity": 1 / 64,
-    "kv": "selected",
-}  # hardly ever entered
+# dtf decides in the block below: the cheapest that stand apart.
+_apart = {"routed_layers": [4, 7, 12, 14, 17, 19, 22, 25]}
+# Hardly ever entered: static drop, with the guess.
+_static = {"routed_layers": _eighth, "router": "positional", "capacity": 1 / 64, "kv": "selected"}
 _without = [i for i in range(30) if i not in (3, 4, 5, 12, 13, 14, 17)]  # the 7 cheapest are gone
 _dtf = {"architecture": "dtf", "routed_layers": _alternate, "capacity": 0.4}
 arms = {
