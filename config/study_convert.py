@@ -29,7 +29,7 @@ common = {
     "lr_base": 3e-4,
     "warmup_ratio": 0.05,
 }
-judge_tokens = 20_000
+judge_tokens = 4_096
 
 # What removing each block costs on training text orders them: 17, 14, 4, 5, 12, 13, 3, 25, 18, 19, 7, 16, 26, 22, 15, …
 _eighth = [3, 4, 5, 12, 13, 14, 17, 25]  # the 8 cheapest: at 0.125 a quarter of all FLOPs
