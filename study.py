@@ -37,7 +37,7 @@ from configurator import Count, cli, configure, problems
 from data import read_manifest
 from device import device_name
 from errors import ConfigError, UserError, first_line
-from files import write_whole
+from files import sha256, write_whole
 from model import SIZES, ModelConfig, Transformer
 from parallel import say
 from publish import git_revision
@@ -206,17 +206,26 @@ def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     return steps
 
 
+def digest(data_dir: str) -> str | None:
+    """What tells a data folder from another: the SHA-256 of its manifest, which holds those of its files."""
+    path = Path(data_dir) / "manifest.json"
+    return sha256(path) if path.exists() else None
+
+
 def refuse_changed(cfg: StudyConfig, runs: list[Run]):
-    """Raises ConfigError for runs that were begun with other settings than the study now gives them."""
+    """Raises ConfigError for runs that were begun with other settings, or on other data, than the study now gives them."""
     changed = []
     for run in runs:
         foreign = run.model.exists()  # unless the study says that it is its own
         known = run.recorded["settings"] if run.recorded else {} if foreign else run.settings
         before = run.kept("study.json").get("settings", known)
         keys = [key for key in before | run.settings if before.get(key) != run.settings.get(key)]
-        if keys:
-            what = ", ".join(f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys)
-            changed.append(f"{run.name}: {what}")
+        what = [f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys]
+        known, now = (run.recorded or run.kept("study.json")).get("data"), digest(run.settings["data_dir"])
+        if known and now and known != now and not cfg.report:
+            what.append(f"{run.settings['data_dir']} held other text, or the same in another order")
+        if what:
+            changed.append(f"{run.name}: {', '.join(what)}")
     if changed:
         cure = f"set them back, remove these folders and {cfg.results}, or name another --out_dir and --results"
         raise ConfigError(
@@ -288,6 +297,7 @@ def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
         if not run.model.exists():
             revisions = dict.fromkeys([*run.kept("study.json").get("git", []), git_revision()])
             document = {"settings": run.settings, "command": run.command, "git": list(revisions)}
+            document["data"] = digest(run.settings["data_dir"])
             write_whole(run.folder / "study.json", document)
             children.call(run.name, run.command, log)
         if run.model.exists():
@@ -411,7 +421,7 @@ def record(cfg: StudyConfig, run: Run) -> dict:
     losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
     about, last = run.kept("study.json"), curve[-1]
     document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
-    document["settings"] = run.settings
+    document |= {"settings": run.settings, "data": about["data"]}
     document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
     return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
 

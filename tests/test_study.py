@@ -117,6 +117,19 @@ def test_changed_settings_are_refused_with_the_cure(folder, finished):
             path.write_text(text)
 
 
+def test_other_data_under_the_same_name_are_refused_but_reported(folder, finished):
+    manifest = folder / "data" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"weight": 1', '"weight": 2'))
+    try:
+        assert manifest.read_text() != text
+        with pytest.raises(ConfigError, match=r"dense-1: .*data held other text.*half-2: .*remove these folders and"):
+            run(folder, "--only=half")
+        assert run(folder, "--report") == 0
+    finally:
+        manifest.write_text(text)
+
+
 def test_flops_give_totals_within_one_percent(folder, finished):
     assert run(folder, "--report") == 0
     document = json.loads((folder / "r.json").read_text())
