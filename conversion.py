@@ -5,7 +5,7 @@ from torch import nn
 from tqdm import tqdm
 
 import routers
-from blocks import Notes, rope_tables
+from blocks import Notes
 from errors import ConfigError
 from model import ModelConfig, Transformer
 
@@ -19,9 +19,11 @@ class Passed(nn.Module):
 
 @torch.no_grad()
 def removal_costs(parent: Transformer, input_ids: torch.Tensor, targets: torch.Tensor) -> list[float]:
-    """By how much the loss of a dense model grows without each of its blocks, in nats: (B, T) each → one per block."""
-    layers, losses, device = parent.model.layers, [], parent.head_weight.device
-    input_ids, targets = input_ids.to(device), targets.to(device)
+    """By how much the loss of a dense model grows without each of its blocks, in nats: (B, T) each → one per block.
+
+    The ids lie on the device that the model runs on, which may be sharded.
+    """
+    layers, losses = parent.model.layers, []
     parent.eval()
     for i in [None, *range(len(layers))]:
         kept = layers[i] if i is not None else None
@@ -57,41 +59,73 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
 RIDGE = 1e-3  # of the mean square of what the lines read, which is 1
 
 
+def read_and_update(layer, part: str, file) -> list:
+    """Has file(what the part reads, its Δ), (B, T, d) each, called whenever a dense block runs. Returns the hooks' handles."""
+    seen = {}
+
+    def keep(name, what):
+        return getattr(layer, name).register_forward_hook(
+            lambda _, given, out: seen.update({name: what(given[0], out)})
+        )
+
+    kept = [keep("input_layernorm", lambda x, _: x), keep("post_attention_layernorm", lambda x, _: x)]
+    kept += [keep("self_attn", lambda _, out: out), keep("mlp", lambda _, out: out)]
+
+    def done(*_):
+        if part == "mlp":
+            file(seen["post_attention_layernorm"], seen["mlp"])
+        else:
+            file(seen["input_layernorm"], seen["self_attn"] + seen["mlp"])
+        seen.clear()
+
+    return [*kept, layer.register_forward_hook(done)]
+
+
+class Regression:
+    """Sums for the least squares of a line from x / rms(x) to Δ(x), and what they come to."""
+
+    def __init__(self, config: ModelConfig):
+        d, self.eps = config.hidden_size, config.rms_norm_eps
+        self.gram, self.moments = (torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, d))
+        self.square, self.rows = 0.0, 0
+
+    def add(self, x: torch.Tensor, update: torch.Tensor):
+        """x, update: (B, T, d)."""
+        wide = torch.float64 if x.device.type == "cuda" else torch.float32  # of products: TF32 would round them
+        update = update.flatten(0, 1).to(wide)  # (B·T, d)
+        normed = (x * routers.inverse_rms(x, self.eps)).flatten(0, 1).to(wide)
+        normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
+        self.gram += (normed.T @ normed).cpu()
+        self.moments += (normed.T @ update).cpu()
+        self.square, self.rows = self.square + update.square().sum().item(), self.rows + len(update)
+
+    def solve(self) -> tuple[torch.Tensor, float]:
+        """The line (d + 1, d), its bias last, and the share of Δ's square that it explains."""
+        ridge = RIDGE * self.rows * torch.eye(len(self.gram), dtype=torch.float64)
+        line = torch.linalg.solve(self.gram + ridge, self.moments)
+        error = self.square - 2 * (line * self.moments).sum() + (line * (self.gram @ line)).sum()
+        return line, 1 - (error / self.square).item()
+
+
 @torch.no_grad()
 def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tensor, batch_size: int = 8):
     """What skip="linear" starts from: for each routed block W and b of the least squares of W · x / rms(x) + b − Δ(x), over
     all tokens of input_ids (B, T) as the dense parent sees them; a ridge keeps directions that are hardly there from it.
 
-    Returns {name in the state dict: tensor}, and {layer: the share of Δ's square that the line explains}.
+    The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}, and {layer: the share of Δ's square that the line explains}.
     """
-    d, eps, device = config.hidden_size, config.rms_norm_eps, parent.head_weight.device
-    wide = torch.float64 if device.type == "cuda" else torch.float32  # of products: TF32 would round them
-    products = {i: [torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, d)] for i in config.routed_layers}
-    squares = dict.fromkeys(config.routed_layers, 0.0)
-    batches = tqdm(input_ids.split(batch_size), "fitting linear guesses", leave=False, disable=None)
-    for ids in batches:
-        positions = torch.arange(ids.size(1), device=device)
-        rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        x = parent.model.embed_tokens(ids.to(device))  # (B, T, d)
-        for i, layer in enumerate(parent.model.layers):
-            read, update = x, layer.self_attn(layer.input_layernorm(x), rope)  # (B, T, d)
-            x = x + update
-            mlp = layer.mlp(layer.post_attention_layernorm(x))
-            read, update = (x, mlp) if config.routed_part == "mlp" else (read, update + mlp)
-            x = x + mlp
-            if i in products:
-                update = update.flatten(0, 1).to(wide)  # (B·T, d)
-                normed = (read * routers.inverse_rms(read, eps)).flatten(0, 1).to(wide)
-                normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
-                for product, other in zip(products[i], (normed, update), strict=True):
-                    product += (normed.T @ other).cpu()
-                squares[i] += update.square().sum().item()
+    sums = {i: Regression(config) for i in config.routed_layers}
+    layers = ((parent.model.layers[i], sums[i]) for i in sums)
+    hooks = [hook for layer, own in layers for hook in read_and_update(layer, config.routed_part, own.add)]
+    try:
+        for ids in tqdm(input_ids.split(batch_size), "fitting linear guesses", leave=False, disable=None):
+            parent(ids, ids)  # with targets logits are never whole
+    finally:
+        for hook in hooks:
+            hook.remove()
     guesses, explained = {}, {}
-    ridge = RIDGE * input_ids.numel() * torch.eye(d + 1, dtype=torch.float64)
-    for i, (gram, moments) in products.items():
-        solution = torch.linalg.solve(gram + ridge, moments)  # (d + 1, d)
+    for i, own in sums.items():
+        line, explained[i] = own.solve()
         place = f"model.layers.{i}.skip"
-        guesses |= {f"{place}.weight": solution[:d].T.float().contiguous(), f"{place}.bias": solution[d].float()}
-        error = squares[i] - 2 * (solution * moments).sum() + (solution * (gram @ solution)).sum()
-        explained[i] = 1 - (error / squares[i]).item()
+        guesses |= {f"{place}.weight": line[:-1].T.float().contiguous(), f"{place}.bias": line[-1].float()}
     return guesses, explained

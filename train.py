@@ -619,11 +619,12 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     keep, parent = cfg.keep_layers or None, None
     choose, fit = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
     if choose or fit:
-        parent = Transformer.from_pretrained(cfg.init_from, keep_layers=keep)
+        parent = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep)
         check_fit(cfg, parent.config, data, world())  # before anything is measured
-        parent.to(device)
+        if shard is None:
+            parent.to(device)
     if choose:
-        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent)}
+        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent, device)}
     model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
     if any(getattr(model.config, name) != value for name, value in shape):
@@ -638,28 +639,29 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
     if fit and "skip" in counts:
-        start_guesses(cfg, model, data, parent)
+        start_guesses(cfg, model, data, parent, device)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
     return model
 
 
-def start_guesses(cfg, model, data, parent):
+def start_guesses(cfg, model, data, parent, device):
     """skip="linear": fits the guesses to the parent, on some sequences of the training text."""
     ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
-    guesses, explained = fit_guesses(parent, model.config, ids)
+    guesses, explained = fit_guesses(parent, model.config, ids.to(device))
     fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
     said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
     say(f"share of each block's update that its linear guess explains: {said}")
 
 
-def spared_layers(cfg, model_set, data, parent) -> list[int]:
+def spared_layers(cfg, model_set, data, parent, device) -> list[int]:
     """routed_layers="auto": the blocks that the dense parent misses least, on some sequences of the training text."""
     if parent.routed:
         raise ConfigError(
             f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"
         )
-    costs = removal_costs(parent, *data.batch(0, 8))
+    costs = removal_costs(parent, *(part.to(device) for part in data.batch(0, 8)))
+    costs = from_main(costs)  # ranks may round otherwise, and must agree
     chosen = choose_layers(costs, cfg.routed_share, ModelConfig(architecture=model_set.get("architecture", "dense")))
     said = ", ".join(f"{i} {costs[i]:+.3f}{' routed' if i in chosen else ''}" for i in range(len(costs)))
     say(f"loss without each block: {said}")

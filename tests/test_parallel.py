@@ -70,6 +70,9 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     ]
     train.main(job("one", "scratch", *scratch))
     two += [job("fsdp2", "scratch", *scratch, fsdp)]
+    asked = [f"--init_from={start / 'dense'}", "--architecture=mod", "--routed_layers=auto", "--skip=linear"]
+    train.main(job("one", "asked", *asked))
+    two += [job("fsdp2", "asked", *asked, fsdp)]
     control = ["--init_from=scratch", "--architecture=mod", "--router=random", "--hidden_size=32", "--max_steps=3"]
     two += [job("control", "mod", *control)]
     two += [job("offload", "dtf", fsdp, "--offload")]
@@ -127,6 +130,15 @@ def test_from_scratch_all_weights_and_thresholds_are_those_of_one_rank(runs):
     one, two = (Transformer.from_pretrained(runs / k / "scratch" / "final_model") for k in ("one", "fsdp2"))
     assert one.config == two.config and one.config.capacity == 0.5
     assert all(buffer.isfinite() for buffer in two.buffers()) and len(list(two.buffers())) == 2
+
+
+def test_a_sharded_parent_is_asked_like_a_whole_one(runs):
+    """Which blocks it can spare, and what lines make of them."""
+    assert_equal_losses(*(without_clock(runs / kind / "asked") for kind in ("one", "fsdp2")))
+    one, two = (Transformer.from_pretrained(runs / k / "asked" / "final_model") for k in ("one", "fsdp2"))
+    assert one.config == two.config and len(one.config.routed_layers) == 1
+    (i,) = one.config.routed_layers
+    torch.testing.assert_close(two.model.layers[i].skip.weight, one.model.layers[i].skip.weight, rtol=1e-3, atol=1e-5)
 
 
 def test_every_checkpoint_goes_on_anywhere(runs, tmp_path):
