@@ -8,6 +8,11 @@ import routers
 from blocks import Notes
 from errors import ConfigError
 from model import ModelConfig, Transformer
+from parallel import rank
+
+
+def bar(items, what: str):
+    return tqdm(items, what, leave=False, disable=None if rank() == 0 else True)
 
 
 class Passed(nn.Module):
@@ -25,7 +30,7 @@ def removal_costs(parent: Transformer, input_ids: torch.Tensor, targets: torch.T
     """
     layers, losses = parent.model.layers, []
     parent.eval()
-    for i in [None, *range(len(layers))]:
+    for i in bar([None, *range(len(layers))], "leaving out one block after another"):
         kept = layers[i] if i is not None else None
         if i is not None:
             layers[i] = Passed()
@@ -112,13 +117,14 @@ def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
     """What skip="linear" starts from: for each routed block W and b of the least squares of W · x / rms(x) + b − Δ(x), over
     all tokens of input_ids (B, T) as the dense parent sees them; a ridge keeps directions that are hardly there from it.
 
-    The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}, and {layer: the share of Δ's square that the line explains}.
+    The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}, and
+    {layer: the share of Δ's square that the line explains}.
     """
     sums = {i: Regression(config) for i in config.routed_layers}
     layers = ((parent.model.layers[i], sums[i]) for i in sums)
     hooks = [hook for layer, own in layers for hook in read_and_update(layer, config.routed_part, own.add)]
     try:
-        for ids in tqdm(input_ids.split(batch_size), "fitting linear guesses", leave=False, disable=None):
+        for ids in bar(input_ids.split(batch_size), "fitting linear guesses"):
             parent(ids, ids)  # with targets logits are never whole
     finally:
         for hook in hooks:

@@ -28,11 +28,12 @@ import parallel
 import prepare
 import train
 from configurator import ConfigError, configure
+from conversion import choose_layers
 from data import TokenData
 from device import peak_flops
 from errors import CheckpointError, ModelError, TrainError
 from metrics import spikes
-from model import ModelConfig, Transformer
+from model import SIZES, ModelConfig, Transformer
 from optimizer import LossScale, lr_scale, param_groups, step_unless
 from sources import read_sources
 
@@ -882,13 +883,21 @@ def test_every_config_opens_with_its_launch_line_and_is_read(path):
     assert script == "prepare" or cfg.out_dir != train.TrainConfig.out_dir  # runs of two configs do not mix
 
 
+def chosen(model_keys, keys, size) -> dict:
+    """The keys of a model whose blocks are chosen at its conversion, as if each cost more to remove than the one below."""
+    layers = SIZES[size]["num_hidden_layers"]
+    kind = ModelConfig(architecture=model_keys["architecture"])
+    routed = choose_layers(list(range(layers)), keys["routed_share"], kind) if "routed_share" in keys else None
+    return model_keys | {"routed_layers": routed}
+
+
 def test_configs_of_half_a_billion():
     """Qwen2.5-0.5B's 494,032,768 parameters and the routed parts, by DESIGN's shapes; its rates and batch."""
     d, prior = 896, 3 * 896 * 56 + 896  # SwiGLU of width 56 = 896 / 16, and its norm
     routed = {
         "dense": 0,
-        "mod": 12 * (d + 2 * d + 1),
-        "dtf": 12 * (4 + 2 * d + 1 + prior),
+        "mod": 7 * (d + 2 * d + 1),
+        "dtf": 7 * (4 + 2 * d + 1 + prior),
         "stt": 12 * (4 + 2 * d + 1 + prior),
     }
     for architecture in ARCHITECTURES:
@@ -896,8 +905,11 @@ def test_configs_of_half_a_billion():
         cfg = train.TrainConfig(**keys)
         assert cfg.init_from == "Qwen/Qwen2.5-0.5B" and model_keys["architecture"] == architecture
         with torch.device("meta"):
-            model = Transformer(ModelConfig.preset("0.5B", **model_keys))
+            model = Transformer(ModelConfig.preset("0.5B", **chosen(model_keys, keys, "0.5B")))
         assert sum(p.numel() for p in model.parameters()) == 494_032_768 + routed[architecture]
+        flops = cfg.max_steps * 1_048_576 * model.flops_per_token(cfg.seq_len, training=True)
+        said = (ROOT / f"config/{architecture}_05b.py").read_text()
+        assert f"{flops / 1e18:.1f} · 10^18 FLOPs" in " ".join(said.split())
         rates = cfg.lr_base, cfg.lr_prior, cfg.lr_router, cfg.lr_causal_router
         assert rates == (1e-5, 1e-3, 1e-2, 1e-3)
         assert (cfg.seq_len, cfg.batch_size, cfg.grad_accum_steps, cfg.seed) == (1024, 16, 64, 42)
@@ -933,7 +945,7 @@ def test_configs_of_billions_are_sharded_and_fit(architecture, size, parameters)
         and model_keys["architecture"] == architecture
     )
     with torch.device("meta"):
-        model = Transformer(ModelConfig.preset(size, **model_keys))
+        model = Transformer(ModelConfig.preset(size, **chosen(model_keys, keys, size)))
     assert parameters < sum(p.numel() for p in model.parameters()) < 1.01 * parameters
     parts = parallel.memory(model, cfg, 8, cfg.grad_accum_steps // 8, dtype=torch.bfloat16)
     assert f"{architecture} {sum(parts.values()) / 1e9:.0f} GB" in " ".join(Path(path).read_text().split())
