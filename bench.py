@@ -128,7 +128,8 @@ def about(cfg: BenchConfig, device) -> dict:
     packages = ("torch", "transformers", "lm_eval", "datasets")
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     facts = {"git": git_revision(), "device": device_name(device), "threads": torch.get_num_threads()}
-    facts |= {"cpu_products": "oneDNN" if kernels.ONEDNN else "torch's own"}
+    few = "torch's own, of a few rows oneDNN" if kernels.SKINNY else "torch's own"
+    facts |= {"cpu_products": "oneDNN" if kernels.ONEDNN else few}
     return {"config": asdict(cfg), **facts, "packages": {name: installed.get(name) for name in packages}}
 
 

@@ -19,23 +19,26 @@ def constant_to_compiler(function):
     return function
 
 
-def onednn_is_faster() -> bool:
-    """Whether float32 products should go to oneDNN on this processor, not to MKL, which torch takes.
-
-    MKL uses AVX2 on processors that are not Intel's; oneDNN uses AVX-512 on all that have it, twice as fast there. On
-    Intel's own MKL is the faster one, in training by 7 %, in decoding by a third (docs/LOG.md). It goes by the vendor, not
-    by a measurement: a run that is resumed must find the same bits.
-    """
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+def made_by(vendor: str) -> bool:
+    """Whether this processor is an x86 one of "GenuineIntel" or "AuthenticAMD"; False where there is no telling."""
     cpuinfo = Path("/proc/cpuinfo")
-    return wide and not (cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text())
+    return cpuinfo.exists() and vendor in cpuinfo.read_text()
 
 
-# oneDNN's operator is the one that torch.compile puts into models for inference.
-ONEDNN = onednn_is_faster()
-# It takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
-# decoding step, whose shapes come again and again.
-SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << 16
+# Which library multiplies float32 on this processor. Torch calls MKL, which is the faster one on Intel's, in training by
+# 7 %, in decoding by a third; on others it knows AVX2 only, and runs products of one to some twenty rows on one core or
+# nearly so. It goes by vendor and instruction set, not by a measurement: what is resumed must find the same bits. Figures of
+# all of it are in docs/LOG.md.
+_onednn = torch.backends.mkldnn.is_available()
+# All products: oneDNN uses AVX-512 on all that have it.
+ONEDNN = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not made_by("GenuineIntel")
+# Products of a decoding step alone: two to five rows are the columns of a product that MKL divides over the cores, the
+# weight standing first; the others go to oneDNN.
+SKINNY = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX2" and made_by("AuthenticAMD")
+COLUMNS = range(2, 6)
+# oneDNN takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
+# decoding step, whose shapes come again and again; small weights are still MKL's.
+SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
 
 TRITON = importlib.util.find_spec("triton") is not None  # with torch for GPUs
 
@@ -49,7 +52,7 @@ def _triton():
 # A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
 FIRST = not hasattr(torch.ops.nanodtf, "product")
 
-if ONEDNN and FIRST:
+if (ONEDNN or SKINNY) and FIRST:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -108,10 +111,17 @@ class _Linear(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if not (ONEDNN and float32 and x.device.type == "cpu"):
+    skinny = SKINNY and not torch.is_grad_enabled()
+    if not ((ONEDNN or skinny) and float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
-    few = x.numel() <= FEW_ROWS * x.size(-1) and weight.numel() >= LARGE_WEIGHT
-    if not few and x.numel() * weight.size(0) < SMALLEST:
+    rows = x.numel() // x.size(-1)
+    if skinny and rows in COLUMNS and not torch.compiler.is_compiling():  # which mistakes the strides behind it
+        columns = x.flatten(0, -2).t()  # (n, rows)
+        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (m, rows)
+        return y.t().contiguous().unflatten(0, x.shape[:-1])
+    few = 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
+    many = ONEDNN and rows * weight.numel() >= SMALLEST
+    if not (few or many):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 

@@ -44,6 +44,26 @@ def test_the_linear_layer(bias, monkeypatch):
     assert len(calls) == (4 if kernels.ONEDNN else 0)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+def test_few_rows_on_a_processor_that_multiplies_them_its_own_way(monkeypatch):
+    """Without gradients by oneDNN, or as columns; with them, whatever the resumed run had: PyTorch's own, to the bit."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "SKINNY", True)
+    monkeypatch.setattr(kernels, "ONEDNN", False)
+    calls, product = [], kernels.product
+    monkeypatch.setattr(kernels, "product", lambda *args: calls.append(args[0].numel() // 500) or product(*args))
+    for width, bias in ((300, True), (300, False), (40, True)):
+        layer = kernels.Linear(500, width, bias)
+        for rows in range(20):
+            x = torch.randn(rows, 1, 500)
+            expected = F.linear(x, layer.weight, layer.bias)
+            assert torch.equal(layer(x), expected)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+                assert layer(x.view(1, rows, 500)).is_contiguous()
+    assert sorted(calls) == sorted(4 * [1, *range(6, 17)]), "two weights are large, and each was called twice"
+
+
 @needs_compiler
 def test_the_linear_layer_compiled(monkeypatch):
     """By the real compiler, which knows oneDNN's operator and refuses it in training."""
