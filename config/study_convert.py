@@ -1,7 +1,7 @@
 """A real pretrained model made to compute less: which blocks, how many tokens, what the skipped ones leave; with controls.
 
     python prepare.py --input=books/,news.txt --tokenizer=out/smollm2 --out_dir=data/convert         text of yours
-    python study.py config/study_convert.py --judge=held_out.txt --jobs=2
+    python study.py config/study_convert.py --judge=held_out.txt --seeds=1,2,3 --only=dense,drop,mod_eighth --jobs=2
 
 The parent in out/smollm2 is a dense checkpoint as transformers writes it: SmolLM2-135M here, 30 blocks. Each run adapts it for
 204,800 tokens, and every arm but dense saves about a quarter of the blocks' FLOPs; dense, adapted as long, is what all are
@@ -66,11 +66,11 @@ arms = {
     "mod_eighth_linear": _at_eighth | _nine | _line,
     "drop_linear": _real | _static | _line,
     "random_eighth_linear": _at_eighth | _nine | _line | {"router": "random"},
-    "stt_eighth_linear": _at_eighth | _nine | _line | {"architecture": "stt"},
-    "dtf_eighth_linear": _at_eighth | _apart | _line | {"architecture": "dtf"},
+    "dtf_eighth": _at_eighth | _apart | {"architecture": "dtf"},
+    "stt_eighth": _at_eighth | {"architecture": "stt"},
     "dense_fast": {"architecture": "dense", "lr_base": 1e-3},
     "drop_fast": {"architecture": "dense", "keep_layers": _without, "lr_base": 1e-3},
-    "mod_eighth_linear_fast": _at_eighth | _nine | _line | {"lr_base": 1e-3},
+    "mod_eighth_fast": _at_eighth | {"lr_base": 1e-3},
     "mod_eighth_frozen": _at_eighth | {"lr_base": 0.0},
     "mod_eighth_linear_frozen": _at_eighth | _nine | _line | {"lr_base": 0.0, "lr_prior": 1e-3},
     "mod_eighth_linear_lora": _at_eighth | _nine | _line | {"lora": True, "lr_lora": 1e-3},
