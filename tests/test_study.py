@@ -260,11 +260,11 @@ def test_the_studies_that_come_along_are_sound(path):
     assert {key for keys in (cfg.common, *cfg.arms.values()) for key in keys} <= known
     assert all("architecture" in keys for keys in cfg.arms.values())  # a config file may name another
     if "dense_short" in cfg.arms:
-        keys = {arm: {"vocab_size": 4096} | cfg.arms[arm] for arm in ("dense_short", "mod_0.5")}
+        keys = {arm: {"vocab_size": 4096} | cfg.common | cfg.arms[arm] for arm in ("dense_short", "mod_0.5")}
         costs = {}
         for arm, of_arm in keys.items():
             of_model = {key: value for key, value in of_arm.items() if hasattr(ModelConfig, key)}
-            model = Transformer(ModelConfig.preset("demo", **of_model))
+            model = Transformer(ModelConfig.preset(of_arm.get("size", "demo"), **of_model))
             costs[arm] = [model.flops_per_token(256, training) for training in (True, False)]
         assert costs["dense_short"] == pytest.approx(costs["mod_0.5"], rel=0.01)
 
