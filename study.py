@@ -421,7 +421,7 @@ def record(cfg: StudyConfig, run: Run) -> dict:
     losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
     about, last = run.kept("study.json"), curve[-1]
     document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
-    document |= {"settings": run.settings, "data": about["data"]}
+    document |= {"settings": run.settings, "data": about.get("data")}
     document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
     return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
 

@@ -59,7 +59,7 @@ from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, 
 from tokenizer import vocabulary
 from weights import fill, find_model
 
-CALIBRATING = 16_384  # tokens that thresholds are calibrated on
+CALIBRATING = 8_192  # tokens that thresholds are calibrated on
 FITTING = 32  # times the hidden size: training tokens that linear guesses are fitted on
 
 

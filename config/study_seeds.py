@@ -1,0 +1,25 @@
+"""What config/study_convert.py found at one seed, asked again: the arms that matter at three seeds, judged on held-out texts.
+
+    python study.py config/study_seeds.py --judge=held_out.txt --jobs=2
+
+A learned choice is brought to its capacity at the end (capacity_choices): the causal student of an eighth of the tokens
+says yes to half as many, where no token is more likely than not to be among them.
+"""
+
+from pathlib import Path
+from runpy import run_path
+
+_screening = run_path(str(Path(__file__).with_name("study_convert.py")))
+
+out_dir = "out/study_seeds"
+results = "docs/results/study_seeds.json"
+picture = "docs/images/study_seeds.png"
+axis = "inference"
+checkpoints = False
+
+common = _screening["common"]
+judge_tokens = _screening["judge_tokens"]
+arms = {name: _screening["arms"][name] for name in ("dense", "drop", "mod_eighth", "random_eighth")}
+arms["mod_eighth"] |= {"capacity_choices": [0.125]}
+seeds = [1, 2, 3]
+reference = "dense"
