@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import routers
-from blocks import Block, Context, Decision, Notes, Precision, Predictor, RoutedBlock, Score, add, linear_flops, nbytes
+from blocks import Block, Context, Decision, Notes, Predictor, RoutedBlock, Score, add, linear_flops, nbytes
 from configurator import Count, Positive
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,11 +109,6 @@ class SurprisedBlock(RoutedBlock):
         return g
 
 
-def predictor_activations(cfg, p: Precision) -> float:
-    """Bytes that autograd keeps of one token: the distance to the guess, the guess's network."""
-    return p.product * ((1 + p.casts) * cfg.hidden_size + 5 * Predictor.width(cfg))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DTF: the decision layer below measures the surprise
 
@@ -157,7 +152,7 @@ class DecisionBlock(Block):
         return nbytes(self) - (1 - used) * nbytes(self.prior)
 
     def activations(self, p):
-        return super().activations(p) + predictor_activations(self.config, p)
+        return super().activations(p) + self.prior.activations(p)
 
 
 class DynamicBlock(SurprisedBlock):
@@ -239,15 +234,18 @@ class STTBlock(SurprisedBlock):
         return add([self.dense_pass_flops(T, input_grad), linear_flops(self.transition, T), sparse])
 
     def dense_pass_flops(self, T: int, input_grad: bool) -> tuple[float, float]:
-        return linear_flops(self.mlp, T) if self.config.routed_part == "mlp" else self.block_flops(T, input_grad)
+        if self.config.routed_part == "mlp" and self.config.stt_output == "sparse":  # where attention is counted anyway
+            return linear_flops(self.mlp, T)
+        return self.block_flops(T, input_grad)
 
     def decode_bytes(self, ran):
         return super().decode_bytes(ran) - nbytes(self.transition)  # which serves training only
 
     def activations(self, p):
-        dense = self.block_activations(p) + p.residual * self.config.hidden_size
         sparse = super().activations(p) if self.config.stt_output == "sparse" else 0
-        return dense + predictor_activations(self.config, p) + sparse
+        once = sparse and self.config.routed_part == "mlp"  # attention is in both, and runs once
+        dense = self.mlp_activations(p) if once else self.block_activations(p)
+        return dense + p.residual * self.config.hidden_size + self.transition.activations(p) + sparse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,8 +264,8 @@ class ControlBlock(RoutedBlock):
         cut = self.capacity * routers.GROUP - self.offset
         indices = None
         if ctx.mode == "packed" and ctx.lengths is None:
-            positions = routers.control_positions(router, self.index, T, cut / routers.GROUP)
-            indices = torch.tensor(positions, dtype=torch.int64, device=x.device).expand(B, -1)
+            count = routers.control_count(router, self.index, T, cut / routers.GROUP)
+            indices = torch.sort((rank[0] >= cut).int(), stable=True).indices[:count].expand(B, -1)  # ascending
         notes.decision = Decision(rank < cut, f"{router} control", -rank.float(), -cut, indices)
         self.real(notes.decision, ctx, notes)
         return Score(None)

@@ -32,6 +32,8 @@ class Context:
     rope: tuple[torch.Tensor, torch.Tensor]  # cos, sin: (T, 1, hd), or (B, 1, 1, hd) in a step
     lengths: list[int] | None  # tokens of each right-padded row, None without padding
     cache: Cache | StaticCache | None
+    # {routed layer: its average k-th score as the pass found it}: what a backward pass recomputes must select the same
+    thresholds: dict[int, torch.Tensor]
 
     @property
     def decoding(self) -> bool:
@@ -201,6 +203,10 @@ class Predictor(MLP):
         width = math.ceil(cfg.hidden_size * cfg.prior_factor)
         return max(2, width + width % 2)
 
+    def activations(self, p) -> float:
+        """Bytes that autograd keeps of one token, the distance to what is guessed among them."""
+        return p.product * ((1 + p.casts) * self.norm.weight.numel() + 5 * self.gate_proj.out_features)
+
     def folded(self) -> torch.Tensor:
         """The first two matrices as one, the norm's weight in it: (2 · width, d)."""
         return torch.cat((self.gate_proj.weight, self.up_proj.weight)) * self.norm.weight
@@ -221,6 +227,10 @@ class LinearGuess(kernels.Linear):
     def __init__(self, cfg):
         super().__init__(cfg.hidden_size, cfg.hidden_size)
         self.eps = cfg.rms_norm_eps
+
+    def activations(self, p) -> float:
+        """Bytes that autograd keeps of one token."""
+        return p.product * p.casts * self.in_features
 
     def forward(self, x):
         return super().forward((x * routers.inverse_rms(x, self.eps)).to(x.dtype))
@@ -303,16 +313,23 @@ class Block(nn.Module):
         """Bytes of weights that one decoding step reads here. ran: {routed layer: share of steps in which a row runs}."""
         return nbytes(self)
 
-    def block_activations(self, p: Precision) -> float:
-        """Bytes that autograd keeps of one token in the Qwen2 block.
+    def attention_activations(self, p: Precision) -> float:
+        """Bytes that autograd keeps of one token in attention and its norm.
 
         Autocast casts a product's input anew for each of q, k, v and of gate and up. CUDA's fused RMSNorm keeps a little
         less than is counted here.
         """
-        d, f = self.config.hidden_size, self.config.intermediate_size
-        kv = self.config.num_key_value_heads * self.config.head_dim
-        normalised = (1.5 * p.casts - 0.5) * d + p.casts * d  # into q k v, into gate up
-        return 4 * p.residual * d + p.product * (normalised + 2 * self.attention_width + 2 * kv + 4 * f)
+        d, kv = self.config.hidden_size, self.config.num_key_value_heads * self.config.head_dim
+        return 2 * p.residual * d + p.product * ((1.5 * p.casts - 0.5) * d + 2 * self.attention_width + 2 * kv)
+
+    def mlp_activations(self, p: Precision) -> float:
+        """The same of the MLP and its norm."""
+        d = self.config.hidden_size
+        return 2 * p.residual * d + p.product * (p.casts * d + 4 * self.config.intermediate_size)
+
+    def block_activations(self, p: Precision) -> float:
+        """The same of the Qwen2 block."""
+        return self.attention_activations(p) + self.mlp_activations(p)
 
     @property
     def attention_width(self) -> int:
@@ -442,7 +459,8 @@ class RoutedBlock(Block):
         """
         k, T = routers.capacity_k(self.capacity, x.size(1)), x.size(1)
         if self.config.selection == "threshold" and ctx.lengths is None:
-            decision = self.choose_above_average(score, k, math.ceil(min(T, 1.25 * self.capacity * T)))
+            room = math.ceil(min(T, 1.25 * self.capacity * T))
+            decision = self.choose_above_average(score, k, room, ctx.thresholds[self.index])
         elif ctx.lengths is None:
             indices, mask = routers.top_k(score, k)
             decision = Decision(mask, "top-k score", score, None, indices)
@@ -459,10 +477,10 @@ class RoutedBlock(Block):
         notes.stats["causal_capacity"] = chosen.float().mean()
         return decision
 
-    def choose_above_average(self, score, k: int, room: int) -> Decision:
+    def choose_above_average(self, score, k: int, room: int, threshold) -> Decision:
         """The first `room` tokens whose score passes the average k-th highest one, this batch's before there is any."""
         kth_score = score.detach().topk(k, dim=1).values[:, -1].mean()
-        cut = torch.where(self.threshold.isnan(), kth_score, self.threshold)
+        cut = torch.where(threshold.isnan(), kth_score, threshold)
         mask, indices, valid = routers.first_of(score > cut, room)
         return Decision(mask, "average threshold", score, cut, indices, valid)
 
@@ -550,7 +568,9 @@ class RoutedBlock(Block):
 
         update = self.part_delta(packed, attention)
         if guess is not None and ctx.routing == "topk":
-            notes.losses["skip"] = self.skip_loss(guess.flatten(0, 1)[flat_indices].view_as(update), update, valid)
+            notes.losses["skip"] = self.skip_loss(
+                guess.flatten(0, 1).index_select(0, flat_indices).view_as(update), update, valid
+            )
         update = self.gated(update, self.gate_values(gate), indices)
         if valid is not None:
             update = update.masked_fill(~valid[..., None], 0)
@@ -580,7 +600,7 @@ class RoutedBlock(Block):
         """The same in shapes that do not depend on the selection, for the compiler: all rows run, or none.
 
         Where often none is selected, that is asked, and the weights are left alone. In a large batch some row nearly always
-        runs, and nothing is asked; nor on CUDA, where the answer, read by the host, costs more than it may save: there the
+        runs, and nothing is asked; nor on a GPU, where the answer, read by the host, costs more than it may save: on CUDA the
         products of a small batch look for themselves.
         """
         mask, keys = notes.decision.mask, self.keys_of_all(x, ctx)
@@ -600,7 +620,7 @@ class RoutedBlock(Block):
             return base.clone()
 
         none_runs = (1 - self.capacity) ** x.size(0)  # its probability, were the rows independent
-        ask = none_runs > 1 / 16 and torch.compiler.is_compiling() and not x.is_cuda
+        ask = none_runs > 1 / 16 and torch.compiler.is_compiling() and x.device.type == "cpu"
         ask = ask and torch.__version__ >= "2.13"  # from which on torch.cond may write into a cache
         return torch.cond(mask.any(), run, rest, (x,)) if ask else run(x)
 
@@ -647,6 +667,17 @@ class RoutedBlock(Block):
         return nbytes(self) - routed * (1 - ran[self.index])
 
     def activations(self, p):
-        d = self.config.hidden_size
-        routed = p.residual * d + 8 * d  # the gated update; the indices
-        return p.residual * d + self.capacity * (self.block_activations(p) + routed)  # first what routers read
+        cfg, d = self.config, self.config.hidden_size
+        attention, mlp = self.attention_activations(p), self.mlp_activations(p)
+        of_all = p.residual * d  # what routers read
+        routed = mlp + p.residual * d + 8 * d  # the gated update; the indices
+        if cfg.routed_part == "mlp":
+            of_all += attention
+        else:
+            routed += attention
+            if not cfg.compact_cache:  # keys and values
+                kv = cfg.num_key_value_heads * cfg.head_dim
+                of_all += p.product * (p.casts * d + 2 * kv)
+        if cfg.skip != "identity":
+            of_all += self.skip.activations(p)
+        return of_all + self.capacity * routed

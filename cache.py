@@ -79,6 +79,11 @@ class Cache:
         self.lengths = [0] * batch
         self.finished: torch.Tensor | None = None  # (B) bool: rows that no longer generate, never selected again
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Those of some layer; None while no layer holds any, for all are routed and none has selected a token."""
+        return next((layer.k for layer in self.layers if layer.k is not None), None)
+
     def advance(self, lengths: list[int] | None, T: int):
         """Each row has seen its next lengths[r] tokens, T without padding."""
         self.lengths = [past + new for past, new in zip(self.lengths, lengths or [T] * len(self.lengths), strict=True)]
@@ -130,11 +135,12 @@ class StaticCache:
     def __init__(self, filled: Cache):
         self.key = rows, width, routed_width, _, device = self.key_for(filled)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B)
+        torch._dynamo.mark_static_address(self.lengths, guard=False)  # which no layer has where all are routed
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)  # (B)
         self.layers = []
         for layer in filled.layers:
             room = routed_width if layer.routed else width
-            self.layers.append(StaticLayerCache(layer, filled.layers[0].k, room, self.lengths))
+            self.layers.append(StaticLayerCache(layer, filled.keys, room, self.lengths))
 
     @staticmethod
     def key_for(filled: Cache) -> tuple:
@@ -144,15 +150,15 @@ class StaticCache:
         A routed layer needs room for what it holds and all that may come. Rounded, for few values are compiled and recorded.
         """
         routed = max([max(layer.lengths) for layer in filled.layers if layer.routed], default=0)
-        dense = filled.layers[0]  # as the first layer always is
-        needed = dense.limit, routed + dense.limit - max(filled.lengths)
-        keys = dense.k
+        keys, limit = filled.keys, filled.layers[0].limit
+        needed = limit, routed + limit - max(filled.lengths)
         dtypes = (keys.dtype, *(tensor.dtype for layer in filled.layers for tensor in layer.state.values()))
         return len(filled.lengths), *(-(-tokens // 256) * 256 for tokens in needed), dtypes, keys.device
 
     def load(self, filled: Cache):
         """Takes over what a prefill has left behind."""
         self.finished.zero_() if filled.finished is None else self.finished.copy_(filled.finished)
+        self.lengths.copy_(torch.tensor(filled.lengths))
         for layer, other in zip(self.layers, filled.layers, strict=True):
             layer.lengths.copy_(torch.tensor(other.lengths))
             held = max(other.lengths)

@@ -77,12 +77,13 @@ def texts(document: dict) -> list[str]:
 
 
 def seconds(document: dict, run: dict, point: dict) -> float:
-    """Training time up to a point of a curve: by the speeds that were measured side by side, else by the run's own clock."""
-    reference = document["speeds"].get(document["reference"], {}).get("training")
-    speed = document["speeds"].get(run["arm"], {}).get("training")
-    if not (reference and speed):
+    """Training time up to a point of a curve: by the speeds that were measured side by side, of every arm, else by the
+    run's own clock.
+    """
+    speeds = {each["arm"]: document["speeds"].get(each["arm"], {}).get("training") for each in document["runs"]}
+    if not (all(speeds.values()) and document["reference"] in speeds):
         return point["seconds"]
-    return point["tokens"] / (reference["tokens_per_s"] * speed["ratio"])
+    return point["tokens"] / (speeds[document["reference"]]["tokens_per_s"] * speeds[run["arm"]]["ratio"])
 
 
 def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
@@ -138,6 +139,10 @@ def cost_table(document: dict) -> list[list[str]]:
 
     add("training, FLOPs", lambda run: run["flops"])
     add("… a token", lambda run: run["flops"] / run["tokens"])
+    selected = per_run(document, lambda run: run["costs"].get("selected") or None)  # of each routed layer
+    cells["tokens selected, causal"] = {
+        arm: f"{np.mean(list(of_arm.values())):.1%}" if of_arm else NONE for arm, of_arm in selected.items()
+    }
     add("inference, FLOPs a token", lambda run: run["costs"].get("flops_per_token"))
     add("KV cache, bytes a token", lambda run: run["costs"].get("kv_bytes"))
     arms = list(cells["training, FLOPs"])
@@ -151,20 +156,28 @@ def cost_table(document: dict) -> list[list[str]]:
     return columns("cost", arms, cells)
 
 
-def report(document: dict, results: str, picture_path: str):
-    """Prints the tables; writes the document to `results`, a run a line, the tables beside it as .md, and the picture."""
+def write(document: dict, results: str):
+    """The document as JSON, a run a line."""
     runs = ",\n ".join(json.dumps(run) for run in document["runs"])
     head = json.dumps(document | {"runs": []})
     write_whole(results, head.replace('"runs": []', f'"runs": [\n {runs}\n]') + "\n")
+
+
+def report(document: dict, results: str, picture_path: str):
+    """Prints the tables; writes the document to `results`, the tables beside it as .md, and the picture."""
+    write(document, results)
     save_figure(picture(document), picture_path)
     tables = loss_table(document), cost_table(document)
     notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
-paired by seed, with their 95 % Student interval, each by itself; n.s.: the interval holds zero.
+paired by seed, with their 95 % Student interval, each by itself: of the seeds, not of the text. n.s.: it holds zero.
 
 FLOPs at inference are of the tokens that causal routing selects on validation text."""
-    if any(document["speeds"].values()):
-        notes += f""" Speeds were taken in turns with those of
-{document["reference"]}: {document["processor"]}, {document["threads"]} threads, torch {document["torch"]}."""
+    if measured := {arm: where for arm, where in document["measured_on"].items() if document["speeds"].get(arm)}:
+        machines = "; ".join(dict.fromkeys(measured.values()))
+        notes += f" Speeds were taken in turns with those of\n{document['reference']}: {machines}."
+        arms = dict.fromkeys(run["arm"] for run in document["runs"])
+        if (missing := [arm for arm in arms if arm not in measured]) and document["axis"] == "inference":
+            notes += f" Not measured, and not in the picture: {', '.join(missing)}."
     parts = ["\n".join(markdown_table(table)) for table in tables]
     parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
     write_whole(os.path.splitext(results)[0] + ".md", "\n\n".join(parts))
@@ -244,7 +257,9 @@ def inference_panels(document: dict) -> list[tuple[str, str, dict[str, float]]]:
 
 def draw_inference(fig, document: dict):
     """Loss over each speed that was measured, relative to the reference's; over FLOPs before one is."""
-    text, reference = texts(document)[0], document["reference"]
+    arms, reference = {run["arm"] for run in document["runs"]}, document["reference"]
+    scored = {text: {run["arm"] for run in document["runs"] if text in run["losses"]} for text in texts(document)}
+    text = next(text for text in scored if scored[text] == arms)  # all have validation
     values, panels = losses(document, text, "causal"), inference_panels(document)
     look_of, rows = looks(document), min(2, len(panels))
     columns_of_panels = -(-len(panels) // rows)

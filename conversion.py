@@ -51,7 +51,7 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
     wanted, chosen = max(1, round(share * len(costs))), []
     for i in sorted(range(len(costs)), key=costs.__getitem__):
         alone = i > 0 and not {i - 1, i + 1} & set(chosen)
-        if len(chosen) < wanted and (alone or not config.kind.below):
+        if len(chosen) < wanted and (alone or not config.kind.below or config.router != "learned"):
             chosen.append(i)
     if len(chosen) < wanted:
         raise ConfigError(

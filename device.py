@@ -75,8 +75,8 @@ def pick_device(device: str, dtype: str = "auto", local_rank: int = 0, world: in
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, and decoding has one a token
     if name == "cpu":
         keep_heap()
-    if name == "mps" and dtype == "bfloat16":  # pytorch issue 195910: its causal attention lets the future in
-        raise ConfigError("dtype=bfloat16 is not to be trusted on MPS: use float32 or float16")
+    if name == "mps" and dtype in ("bfloat16", "float16"):  # pytorch issue 195910: causal attention lets the future in
+        raise ConfigError(f"dtype={dtype} is not to be trusted on MPS: use float32")
     place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     return place, getattr(torch, fastest_dtype(name) if dtype == "auto" else dtype)
 

@@ -86,16 +86,21 @@ class Generation:
                 if (new.device.type == "cpu" or step % ASKED == ASKED - 1) and finished.all():
                     break
             new = new[:, None]
-            if self.decodes_compiled and step == 0 and max_new_tokens > 1:
+            if self.decodes_compiled and not cache.static and cache.keys is not None and step + 1 < max_new_tokens:
                 cache = self.static_cache(cache)
                 finished = cache.finished
         return result
 
 
-def need_compiler():
-    """Raises ModelError where torch.compile would find no C++ compiler: it looks for one on GPUs too."""
+def missing_compiler() -> str | None:
+    """The C++ compiler that torch.compile would not find, None if it does: it looks for one on GPUs too."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if sys.platform != "win32" and not shutil.which(name.split()[0]):
+    return None if sys.platform == "win32" or shutil.which(name.split()[0]) else name
+
+
+def need_compiler():
+    """Raises ModelError where torch.compile would find no C++ compiler."""
+    if name := missing_compiler():
         raise ModelError(f"torch.compile needs a C++ compiler, and {name} is not there: install it, or name one in CXX")
 
 

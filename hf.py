@@ -14,6 +14,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,6 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from cache import Cache
 from errors import ModelError
 from model import ModelConfig, Transformer
+
+# Not cuDNN's, which plans every new length anew, and decoding has one a token.
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class NanoDTFConfig(PretrainedConfig):
@@ -95,7 +99,8 @@ class NanoDTFForCausalLM(PreTrainedModel, GenerationMixin):
             starts, lengths = runs(attention_mask, input_ids.shape)
             input_ids = shifted(input_ids, starts)  # padding on the right, as our cache wants it
         routing = "topk" if training else "causal"
-        out = core(input_ids, None, routing, lengths, past_key_values)
+        with sdpa_kernel(UNPLANNED):
+            out = core(input_ids, None, routing, lengths, past_key_values)
         logits, loss = out.logits, None
         if starts is not None and past_key_values is None:
             logits = shifted(logits, -starts)

@@ -5,6 +5,8 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 
 import ctypes
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -40,7 +42,9 @@ COLUMNS = range(2, 6)
 # decoding step, whose shapes come again and again; small weights are still MKL's.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
 
-TRITON = importlib.util.find_spec("triton") is not None  # with torch for GPUs
+# With torch for GPUs. What it makes is started by C that it compiles; its interpreter is not.
+_starts = os.environ.get("TRITON_INTERPRET") or any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc")))
+TRITON = importlib.util.find_spec("triton") is not None and bool(_starts)
 
 
 def _triton():
@@ -134,7 +138,14 @@ def attention(q, k, v, mask=None):
     """
     if q.is_cuda and not flash_runs(q, mask):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    if mask is None and lets_the_future_in(q):
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) < q.size(1))
+
+
+def lets_the_future_in(q) -> bool:
+    """Whether causal attention without a mask is wrong there: on MPS in half precision (pytorch issue 195910)."""
+    return q.device.type == "mps" and q.dtype.itemsize == 2
 
 
 def flash_runs(q, mask) -> bool:

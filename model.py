@@ -99,6 +99,8 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
 
     def __post_init__(self):
         self.architecture = ALIASES.get(self.architecture, self.architecture)
+        if type(self.capacity) is int:
+            self.capacity = float(self.capacity)  # 1 is what 1.0 was calibrated as
         for field in fields(self):
             if isinstance(field.default, tuple):  # JSON has lists only
                 setattr(self, field.name, tuple(getattr(self, field.name)))
@@ -128,8 +130,12 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if self.causal_decision == "threshold" and not self.kind.scores_causally:
             what = f"not available for {self.architecture}: its score looks at the update"
             found.append(f"causal_decision='threshold' is {what}")
+        if self.causal_decision == "threshold" and self.router != "learned":
+            found.append(f"causal_decision='threshold' needs a learned score, and router={self.router!r} has none")
         if self.selection == "threshold" and self.causal_decision != "threshold":
             found.append("selection='threshold' needs causal_decision='threshold': it is the same decision")
+        if self.kind.scores_causally is False and self.stt_output == "dense" and self.skip != "identity":
+            found.append(f"stt_output='dense' never skips in training: skip={self.skip!r} would learn nothing")
         found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
             found.append(f"capacity has {len(self.capacity)} values for {len(self.routed_layers)} routed layers")
@@ -256,7 +262,9 @@ class Trunk(nn.Module):
         elif cache is not None and max(cache.lengths) > 0:
             mode, positions = "step", torch.tensor(cache.lengths, device=input_ids.device)[:, None]  # (B, 1)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        ctx = Context(mode, routing, positions, rope, lengths, cache)
+        by_threshold = self.layers if self.config.selection == "threshold" else []
+        thresholds = {layer.index: layer.threshold.clone() for layer in by_threshold if isinstance(layer, RoutedBlock)}
+        ctx = Context(mode, routing, positions, rope, lengths, cache, thresholds)
         x, notes = self.embed_tokens(input_ids), [Notes()]  # (B, T, d)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -323,8 +331,11 @@ class Transformer(Generation, nn.Module):
     def compile_trunk(self):
         """torch.compile for top-k routing. The module itself stays as it is: no prefix in names, causal routing eager."""
         need_compiler()
-        # One variant for each stair of an annealed capacity, with and without gradients: beyond the limit all runs eager.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        # One variant for each stair of an annealed capacity, with and without gradients; of every block where FSDP's hooks
+        # cut the graph between them. Beyond the limits all runs eager.
+        variants, dynamo = max(64, 16 * len(self.model.layers)), torch._dynamo.config
+        dynamo.recompile_limit = max(variants, dynamo.recompile_limit)
+        dynamo.accumulated_recompile_limit = max(variants, dynamo.accumulated_recompile_limit)
         self.__dict__["compiled"] = torch.compile(self.model, dynamic=False)
 
     @property
@@ -489,7 +500,9 @@ class Transformer(Generation, nn.Module):
         total = self.head_weight.nbytes + self.model.norm.weight.nbytes
         for i, layer in enumerate(self.model.layers):
             share = selected.get(i, 1.0)
-            total += layer.decode_bytes(ran) + batch * share * (share * context) * kv
+            attending = share if cfg.routed_part == "block" else 1.0
+            seen = context * (share if cfg.compact_cache else 1.0)
+            total += layer.decode_bytes(ran) + batch * attending * seen * kv
         return total
 
     # -- weights in and out -------------------------------------------------------------------------------------------

@@ -401,7 +401,8 @@ def selection_of(folder: str, cfg: PlotConfig) -> Selection:
     for x, y in zip(ids.split(4), targets.split(4), strict=True):
         out = model(x.to(model.head_weight.device), routing="causal", return_masks=True)
         masks.append(torch.stack([out.masks[i].flatten() for i in layers]).cpu())  # (layers, tokens)
-        losses.append(F.cross_entropy(out.logits.flatten(0, 1).float().cpu(), y.flatten(), reduction="none"))
+        targets_there = y.flatten().to(out.logits.device)
+        losses.append(F.cross_entropy(out.logits.flatten(0, 1).float(), targets_there, reduction="none").cpu())
     kinds = [kinds_of(token_texts(tokenizer, row.tolist())) for row in ids]
     in_training = torch.bincount(train.batch(0, 1024)[0].flatten(), minlength=train.vocab_size)  # of 1024 sequences
     return Selection(

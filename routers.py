@@ -164,10 +164,10 @@ def control_rank(router: str, layer: int, positions, group):
 
 
 @constant_to_compiler
-def control_positions(router: str, layer: int, T: int, capacity: float) -> list[int]:
-    """The positions below T that run, found on the host."""
+def control_count(router: str, layer: int, T: int, capacity: float) -> int:
+    """How many of the positions below T run, found on the host: no shape waits for the device."""
     rank = control_rank(router, layer, np.arange(T), np.arange(GROUP))
-    return np.flatnonzero(rank < capacity * GROUP).tolist()
+    return int((rank < capacity * GROUP).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

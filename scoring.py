@@ -127,6 +127,11 @@ def windows_of(ids: torch.Tensor, start: int, length: int, stride: int) -> list[
     return [(inputs[max(0, end - length) : end], ids[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
 
 
+def evenly(n: int, limit: int) -> list[int]:
+    """`limit` of n numbers, spread over all (0: every one): the beginning of a text is no sample of it."""
+    return [i * n // limit for i in range(limit)] if 0 < limit < n else list(range(n))
+
+
 def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     """Loss of every token given the seq_len − stride tokens before it or more, under both routings. Prints a table.
 
@@ -138,7 +143,8 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     rows, start = [], tokenizer.start
     table = [["perplexity", "routing", "tokens", "bytes", "loss", "perplexity", "bits/byte"]]
     for name, (ids, n_bytes) in read_texts(cfg.text, model, tokenizer).items():
-        windows = windows_of(ids, start, cfg.seq_len, stride)[: cfg.limit or None]
+        windows = windows_of(ids, start, cfg.seq_len, stride)
+        windows = [windows[i] for i in evenly(len(windows), cfg.limit)]
         count = sum(len(targets) for _, targets in windows)
         for routing in ("causal", "topk") if model.routed else ("causal",):
             scores = score(model, windows, routing, cfg.batch_size, f"{name}, {routing}")
@@ -169,8 +175,8 @@ def capacity_sweep(cfg, model: Transformer, tokenizer) -> list[dict]:
     """
     ids = sweep_text(cfg, model, tokenizer)
     windows = ids[: len(ids) // (cfg.seq_len + 1) * (cfg.seq_len + 1)].view(-1, cfg.seq_len + 1)
-    windows = windows[: 2 * cfg.limit or None]  # (n, T + 1)
-    calibrating, held_out = windows[::2][:CALIBRATING, :-1], windows[1::2]
+    calibrating, held_out = (part[evenly(len(part), cfg.limit)] for part in (windows[::2], windows[1::2]))
+    calibrating = calibrating[:CALIBRATING, :-1]  # (n, T)
     decoded = ids[None, : cfg.seq_len + cfg.decoded_tokens]
     rows, runs, decisions = [], {}, []
     for capacity in [None, *sorted(cfg.capacities)]:  # None: as trained

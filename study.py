@@ -186,7 +186,8 @@ def read_config(path: str) -> dict:
 
 def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     """How many steps spend `flops`, within 1 %. Raises ConfigError where no number does, or what a step costs changes."""
-    unclear = [key for key in ("capacity_start", "distill_from", "lora") if settings.get(key)]
+    unclear = ("capacity_start", "capacity_choices", "distill_from", "lora", "keep_layers")
+    unclear = [key for key in unclear if settings.get(key)]
     if unclear or steps_are_given:
         raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
     given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
@@ -251,10 +252,10 @@ class Children:
         for child in list(self.running.values()):
             child.send_signal(number)
 
-    def call(self, name: str, command: list[str], log):
-        """Runs a program of the project to its end, its output in the open file `log`."""
+    def call(self, name: str, command: list[str], log) -> int:
+        """Runs a program of the project to its end, its output in the open file `log`. Returns its exit status."""
         if self.signal:
-            return
+            return 0
         script, *arguments = command
         child = subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments], stdout=log, stderr=log, env=self.environment
@@ -262,8 +263,9 @@ class Children:
         self.running[name] = child
         if self.signal:  # it came between the two
             child.send_signal(self.signal)
-        child.wait()
+        status = child.wait()
         del self.running[name]
+        return status
 
     def alone(self, log) -> bool:
         """Waits until nothing writes to `log`: what a killed study had begun holds its lock, and runs on to its end."""
@@ -299,7 +301,9 @@ def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
             document = {"settings": run.settings, "command": run.command, "git": list(revisions)}
             document["data"] = digest(run.settings["data_dir"])
             write_whole(run.folder / "study.json", document)
-            children.call(run.name, run.command, log)
+            status = children.call(run.name, run.command, log)
+            if status < 0:
+                return None if children.signal else f"it was ended by {signal.Signals(-status).name}"
         if run.model.exists():
             for text in unjudged(cfg, run):
                 judge(cfg, run, text, children, log)
@@ -368,6 +372,8 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
                 if why := future.result():
                     failed[futures[future].name] = why
                     say(f"{futures[future].name} failed, see {futures[future].log}: {why}")
+                if finished := [run for run in runs if run.finished]:  # whatever becomes of this machine
+                    comparison.write(document_of(cfg, finished), cfg.results)
             if (done and not children.signal) or terminal or time.monotonic() > said + 60:
                 said, line = time.monotonic(), progress(runs, list(children.running), cfg.jobs)
                 print(f"\r\x1b[K{line[:150]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
@@ -394,7 +400,9 @@ def measure(cfg: StudyConfig, finished: list[Run]):
     first = {run.arm: run for run in reversed(finished)}
     for run in first.values() if cfg.speed and cfg.reference in first else ():
         reference, kept = first[cfg.reference], run.kept("speed.json")
-        about = {"reference": reference.name, "threads": cfg.threads}
+        processor = device_name(costs.device_of(run.settings)[0])
+        where = f"{processor}, {cfg.threads} threads, torch {torch.__version__}"
+        about = {"reference": reference.name, "where": where}
         if about | {"speeds": None} != kept | {"speeds": None}:
             say(f"speed of {run.name}")
             found = costs.speeds((reference.model, reference.settings), (run.model, run.settings))
@@ -413,12 +421,11 @@ def record(cfg: StudyConfig, run: Run) -> dict:
     for line in run.metrics():
         if "tokens_per_s" in line:  # of the steps since the last such line
             seconds, tokens = seconds + (line["tokens"] - tokens) / line["tokens_per_s"], line["tokens"]
-        if "val/loss" in line:
+        if line.get("val/loss") is not None and line.get("val/loss_causal") is not None:  # null: it was not finite
             point = {"tokens": line["tokens"], "flops": line["flops"], "seconds": round(seconds, 3)}
             curve.append(point | {"topk": line["val/loss"], "causal": line["val/loss_causal"]})
     losses = {"validation": {routing: curve[-1][routing] for routing in ("causal", "topk")}}
-    judged = run.kept("judge.json")
-    losses |= {Path(text).name: judged[text] for text in cfg.judge if text in judged}
+    losses |= {Path(text).name: judged for text, judged in run.kept("judge.json").items()}
     about, last = run.kept("study.json"), curve[-1]
     document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
     document |= {"settings": run.settings, "data": about.get("data")}
@@ -428,14 +435,17 @@ def record(cfg: StudyConfig, run: Run) -> dict:
 
 def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
-    document = {"reference": cfg.reference, "axis": cfg.axis, "threads": cfg.threads, "judge_tokens": cfg.judge_tokens}
-    document |= {"processor": device_name(costs.device_of(finished[0].settings)[0]), "torch": torch.__version__}
-    before = reported(cfg)
-    document["speeds"] = {
-        run.arm: run.kept("speed.json").get("speeds") or before.get("speeds", {}).get(run.arm, {})
-        for run in reversed(finished)
-    }
-    return document | {"runs": [record(cfg, run) for run in finished]}
+    before, measured = (
+        reported(cfg),
+        {run.arm: run.kept("speed.json") for run in reversed(finished) if run.model.exists()},
+    )
+    document = {"reference": cfg.reference, "axis": cfg.axis, "judge_tokens": cfg.judge_tokens}
+    document["speeds"] = {run.arm: before.get("speeds", {}).get(run.arm, {}) for run in finished}
+    document["speeds"] |= {arm: kept["speeds"] for arm, kept in measured.items() if kept}
+    where = {arm: kept["where"] for arm, kept in measured.items() if kept}
+    document["measured_on"] = before.get("measured_on", {}) | where
+    others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
+    return document | {"runs": [record(cfg, run) for run in finished] + others}
 
 
 def main(argv: list[str]):

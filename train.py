@@ -51,6 +51,7 @@ from device import (
 )
 from errors import CheckpointError, ConfigError, TrainError
 from files import sha256
+from generation import missing_compiler
 from measure import calibrate
 from metrics import Metrics, Progress, perplexity, start_wandb
 from model import SIZES, Capacity, ModelConfig, Transformer
@@ -353,7 +354,7 @@ class Run:
         shard = partial(parallel.shard, **placed) if self.sharded else None
         size_is_set = "size" in train_set
         model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, self.device, size_is_set)
-        model.gradient_checkpointing = cfg.gradient_checkpointing
+        model.model.gradient_checkpointing = cfg.gradient_checkpointing
         if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
             model.config.calibrated = None
         self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
@@ -361,7 +362,10 @@ class Run:
         model.train()
         if not self.sharded:
             model.to(self.device)
-        self.compiling = cfg.compile is True or (cfg.compile == "auto" and self.device.type == "cuda")
+        missing, on_cuda = missing_compiler(), self.device.type == "cuda"
+        self.compiling = cfg.compile is True or (cfg.compile == "auto" and on_cuda and not missing)
+        if cfg.compile == "auto" and on_cuda and missing:
+            say(f"not compiled, and slower: {missing} is not there; install it, or name a C++ compiler in CXX")
         if self.compiling:
             model.compile_trunk()
         torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
@@ -660,9 +664,12 @@ def spared_layers(cfg, model_set, data, parent, device) -> list[int]:
         raise ConfigError(
             f"routed_layers='auto' needs a dense parent, and {cfg.init_from} is {parent.config.architecture}"
         )
+    wanted = ModelConfig(**{key: model_set[key] for key in ("architecture", "router") if key in model_set})
+    if not wanted.routed_layers:
+        raise ConfigError("routed_layers='auto' chooses for a routed architecture: set architecture")
     costs = removal_costs(parent, *(part.to(device) for part in data.batch(0, 8)))
     costs = from_main(costs)  # ranks may round otherwise, and must agree
-    chosen = choose_layers(costs, cfg.routed_share, ModelConfig(architecture=model_set.get("architecture", "dense")))
+    chosen = choose_layers(costs, cfg.routed_share, wanted)
     said = ", ".join(f"{i} {costs[i]:+.3f}{' routed' if i in chosen else ''}" for i in range(len(costs)))
     say(f"loss without each block: {said}")
     return chosen
@@ -684,6 +691,9 @@ def check_fit(cfg, model_cfg, data, ranks):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
     if cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
         found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
+    if model_cfg.selection == "threshold" and (cfg.capacity_start is not None or len(set(cfg.capacity_choices)) > 1):
+        key = "capacity_choices" if cfg.capacity_choices else "capacity_start"
+        found.append(f"selection='threshold' keeps one average score, {key} wants one for each capacity: drop either")
     if found:
         raise ConfigError("; ".join(found))
 

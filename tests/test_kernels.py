@@ -253,6 +253,21 @@ def test_repeated_keys_give_what_grouped_queries_do(masked, monkeypatch):
         torch.testing.assert_close(one, other.as_subclass(torch.Tensor))
 
 
+def test_attention_is_masked_where_the_causal_kernel_lets_the_future_in(monkeypatch):
+    """As on MPS in half precision, which transformers may ask a routed model for."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8) for heads in (6, 2, 2))
+    expected, plain, masks = kernels.attention(q, k, v), F.scaled_dot_product_attention, []
+    monkeypatch.setattr(kernels, "lets_the_future_in", lambda q: True)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, mask, **how: masks.append(mask) or plain(q, k, v, mask, **how),
+    )
+    torch.testing.assert_close(kernels.attention(q, k, v), expected)
+    assert torch.equal(masks[0], torch.ones(9, 9).tril().bool())
+
+
 @pytest.mark.parametrize(
     "capability, dtype, masked, runs",
     [

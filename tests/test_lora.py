@@ -102,9 +102,9 @@ def test_gradients(tmp_path):
     assert set(expected) == {n for n, p in model.named_parameters() if "lora_" in n or model.is_routed_part(n)}
     assert all(p.grad is None for n, p in model.named_parameters() if ".base_layer." in n or "layernorm" in n)
     assert model.head_weight.grad is None
-    model.gradient_checkpointing = True
+    model.model.gradient_checkpointing = True
     again = gradients(model.model)
-    model.gradient_checkpointing = False
+    model.model.gradient_checkpointing = False
     compiled = gradients(torch.compile(model.model, backend="aot_eager", fullgraph=True, dynamic=False))
     for other in (again, compiled):
         assert set(other) == set(expected)

@@ -385,6 +385,25 @@ def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options,
     assert asked.count([False] * 5) >= len(asked) // 2 and any(map(any, asked))
 
 
+@pytest.mark.parametrize("layers", [[0, 2], [0, 1, 2]])
+def test_a_first_block_that_has_selected_nothing_has_no_keys_to_copy(layers):
+    """Nor has a model in which all blocks are routed, until one selects a token."""
+    model, ids = small_model("mod", num_hidden_layers=3, routed_layers=layers), random_ids(2, 9)
+    for layer in model.routed:
+        layer.causal_router.bias.data.fill_(-1e4)
+    cache = model.new_cache(2, 9)
+    with torch.no_grad():
+        model(ids[:, :6], routing="causal", cache=cache)
+        assert (cache.keys is None) == (len(layers) == 3)
+        model.routed[-1].causal_router.bias.data.fill_(1e4)
+        steps = [model(ids[:, t : t + 1], routing="causal", cache=cache).logits[:, -1] for t in (6, 7)]
+        static = model.static_cache(cache)
+        steps.append(model.step(ids[:, 8:], static))
+        model.routed[-1].causal_router.bias.data.fill_(-1e4)
+        first = model(ids[:, :6], routing="causal").logits[:, -1]
+    assert static.lengths.tolist() == [9, 9] and torch.isfinite(torch.stack([first, *steps])).all()
+
+
 @needs_compiler
 def test_compiled_generation_is_the_eager_one(device):
     """By the real compiler: ragged rows, stop ids, one of them a first token, wider caches and the first again."""
@@ -643,12 +662,18 @@ def test_gradients_equal_finite_differences(architecture, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_checkpointing_changes_no_gradient(architecture):
     model = small_model(architecture).train()
-    ids, grads = random_ids(2, 40), []
+    ids, grads, calls, passes = random_ids(2, 40), [], [], []
+    model(ids, ids)  # from which on there are average k-th scores
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for on in (False, True):
-        model.gradient_checkpointing = on
+        model.load_state_dict(buffers, strict=False)
+        model.model.gradient_checkpointing = on
         model.zero_grad()
         model(ids, ids).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
+        passes.append(len(calls))
+    assert passes[1] == 3 * passes[0] > 0, "once, and then twice: the block is recomputed"
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
@@ -785,6 +810,11 @@ def test_published_parameter_counts(size):
         ({"architecture": "mod", "routed_layers": [3, 2]}, "routed_layers=[3, 2] must ascend, from 0 to 4"),
         ({"architecture": "mod", "routed_layers": [5]}, "routed_layers=[5] must ascend"),
         ({"architecture": "mod", "selection": "threshold"}, "selection='threshold' needs causal_decision='threshold'"),
+        (
+            {"architecture": "mod", "router": "random", "causal_decision": "threshold"},
+            "needs a learned score, and router='random' has none",
+        ),
+        ({"architecture": "stt", "stt_output": "dense", "skip": "linear"}, "skip='linear' would learn nothing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
     ],
 )

@@ -211,12 +211,18 @@ def test_gradients_are_clipped_as_torch_clips_them():
         assert torch.equal(mine.grad, other.grad)
 
 
+MEANS = [{"routed_part": "mlp"}, {"kv": "all", "router_input": "normed"}, {"skip": "linear"}, {"skip": "predict"}]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_activations_are_what_autograd_keeps(architecture, dtype):
+@pytest.mark.parametrize(
+    "architecture, means",
+    [*((name, {}) for name in ARCHITECTURES), *((name, means) for name in ("mod", "stt") for means in MEANS)],
+)
+def test_activations_are_what_autograd_keeps(architecture, means, dtype):
     """The formula against the bytes of the storages that autograd saves in the trunk, parameters and their casts aside."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
-    cfg = ModelConfig(architecture, vocab_size=64, num_hidden_layers=8, capacity=0.25, **shape)
+    cfg = ModelConfig(architecture, vocab_size=64, num_hidden_layers=8, capacity=0.25, **shape, **means)
     torch.manual_seed(0)
     model, storages = Transformer(cfg).train(), {}
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -235,4 +241,4 @@ def test_activations_are_what_autograd_keeps(architecture, dtype):
         model.model(torch.randint(0, 64, (4, 256)))
     saved = sum(size for size, _ in storages.values())
     estimate = parallel.activations(model, 4, 256, dtype, sharded=False, checkpointing=False)
-    assert estimate == pytest.approx(saved, rel=0.06)
+    assert estimate == pytest.approx(saved, rel=0.08 if means else 0.06)  # the mask over all keys is not counted

@@ -168,7 +168,8 @@ def test_the_report_has_losses_costs_and_a_picture(folder, finished, capsys):
     assert (folder / "p.png").read_bytes()[1:4] == b"PNG" and "![losses](p.png)" in markdown
     first = document["runs"][0]
     assert first["curve"][-1]["causal"] == first["losses"]["validation"]["causal"]
-    assert first["command"].startswith("train.py ") and first["git"] and document["processor"]
+    assert first["command"].startswith("train.py ") and first["git"] and first["data"]
+    assert set(document["measured_on"]) == {"dense", "half"} and "1 threads, torch" in document["measured_on"]["half"]
     assert 0 < first["seconds"] < 60 and first["costs"]["kv_bytes"] == 2 * 2 * 16 * 4  # 2 layers, k and v of 16 floats
 
 
@@ -212,6 +213,8 @@ def test_without_speeds_the_picture_is_over_flops():
     marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
     assert marks == [(1, 3.0), (1, 3.2), (0.75, 3.4), (0.5, 3.3)]
     assert "FLOPs" in ax.get_xlabel() and {"● dense", "● half", "● drop"} == {text.get_text() for text in ax.texts}
+    runs[0]["losses"]["book"] = {"causal": 9.0}  # which not every arm was asked for
+    assert "validation" in comparison.picture(document).axes[0].get_ylabel()
     document["speeds"]["half"] = {"decode1": {"ratio": 1.5}}
     (ax,) = comparison.picture(document).axes
     marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
