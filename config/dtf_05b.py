@@ -12,7 +12,7 @@ grad_accum_steps, the tokens of a step stay the same.
 init_from = "Qwen/Qwen2.5-0.5B"
 architecture = "dtf"
 capacity = 0.125
-capacity_choices = [0.125]  # calibrated to it at the end: the causal router says yes to half as many
+capacity_choices = [0.125]  # its causal decision is calibrated to it at the end
 routed_layers = "auto"
 routed_share = 0.29
 gate = "straight_through"
