@@ -105,7 +105,8 @@ class SurprisedBlock(RoutedBlock):
         average = routers.moving_average(d_st, window)  # (B, T)
         g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *scalars)
         notes.tokens |= {"G": g, "S_CE": s_ce, "S_CU": s_cu}
-        notes.stats |= {"S_CE": s_ce.mean(), "S_CU": s_cu.mean(), "G_cont": g.mean()} | self.router.stats()
+        means = {name: ctx.of_real(value).mean() for name, value in (("S_CE", s_ce), ("S_CU", s_cu), ("G_cont", g))}
+        notes.stats |= means | self.router.stats()
         return g
 
 
@@ -136,7 +137,7 @@ class DecisionBlock(Block):
 
             return x + update, Notes(signal=(routers.mean_square(update), d_ch))
         state["folded"] = folded = self.prior.folded()
-        *surprise, loss = routers.surprise(update, self.prior(x, folded))
+        *surprise, loss = routers.surprise(update, self.prior(x, folded), ctx.real if ctx.lengths else None)
         return x + update, Notes(losses={"prior": loss} if ctx.routing == "topk" else {}, signal=surprise)
 
     def flops(self, T, capacity, training, input_grad):
@@ -220,9 +221,9 @@ class STTBlock(SurprisedBlock):
         update = self.part_delta(x, lambda hidden: self.self_attn(hidden, ctx.rope))  # (B, T, d)
         out = x + update
         predicted = routers.shift(self.transition(out))  # (B, T, d)
-        d_st, d_ch, loss = routers.surprise(update, predicted)
+        d_st, d_ch, loss = routers.surprise(update, predicted, ctx.real if ctx.lengths else None)
         g = self.surprise_gate(d_st, d_ch, ctx, notes)
-        notes.losses |= {"tpn": loss, "g_reg": g.mean()}
+        notes.losses |= {"tpn": loss, "g_reg": ctx.of_real(g).mean()}
         return Score(g, lambda: g, out if self.config.stt_output == "dense" else None)
 
     def flops(self, T, capacity, training, input_grad):

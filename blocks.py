@@ -64,6 +64,10 @@ class Context:
         """What is no padding: (B, T) bool."""
         return self.positions < self.ends[:, None]
 
+    def of_real(self, t: torch.Tensor) -> torch.Tensor:
+        """The entries of what is no padding, to be averaged: (B, T, …) → (N, …), or as they are where nothing is padded."""
+        return t if self.lengths is None else t[self.real]
+
     def last(self, t: torch.Tensor) -> torch.Tensor:
         """The entry of each row's newest token: (B, T, …) → (B, …)."""
         if self.lengths is None or self.decoding:
@@ -370,7 +374,7 @@ def nbytes(*modules: nn.Module) -> int:
 
 @dataclass
 class Score:
-    """What an architecture says of (B, T) tokens before some of them are chosen."""
+    """What an architecture says of (B, T) tokens before some of them are chosen; its losses see those that are no padding."""
 
     value: torch.Tensor | None  # (B, T): the highest run; None where only the causal router decides
     gate: Callable[[], torch.Tensor] | None = None  # gives (B, T) factors of the update, asked only if a token runs
@@ -432,7 +436,8 @@ class RoutedBlock(Block):
             notes.tokens["score"] = score.value
         if ctx.routing == "topk":
             notes.decision = self.choose_in_training(x, score.value, ctx, notes)
-            notes.losses |= self.selection_losses(score, notes.decision.mask)
+            real = Score(ctx.of_real(score.value), score.gate, score.output)
+            notes.losses |= self.selection_losses(real, ctx.of_real(notes.decision.mask))
         else:
             notes.decision = self.choose_causal(x, score.value, ctx, notes)
         return score
@@ -469,12 +474,15 @@ class RoutedBlock(Block):
             decision = Decision(mask, "top-k score", score, None)
         logits, mask = self.causal_logits(x, ctx, notes), decision.mask
         chosen = logits > self.causal_cut
-        notes.losses["causal"] = routers.selection_bce(logits, mask)
-        notes.stats["causal_accuracy"] = (chosen == mask).float().mean()
+        notes.losses["causal"] = routers.selection_bce(ctx.of_real(logits), ctx.of_real(mask))
+        notes.stats["causal_accuracy"] = ctx.of_real(chosen == mask).float().mean()
         if self.config.causal_decision == "threshold":
             chosen = score > self.threshold
-            notes.stats["kth_score"] = score.detach().topk(k, dim=1).values[:, -1].mean()
-        notes.stats["causal_capacity"] = chosen.float().mean()
+            kth_score = score.detach().topk(k, dim=1).values[:, -1]  # (B)
+            if ctx.lengths is not None:  # each row's own k
+                kth_score = score.detach().masked_fill(~mask, torch.inf).amin(1)
+            notes.stats["kth_score"] = kth_score.mean()
+        notes.stats["causal_capacity"] = ctx.of_real(chosen).float().mean()
         return decision
 
     def choose_above_average(self, score, k: int, room: int, threshold) -> Decision:
@@ -502,7 +510,7 @@ class RoutedBlock(Block):
             return decision
         if ctx.lengths is not None:
             decision.mask = decision.mask & ctx.real
-        notes.stats["causal_capacity"] = decision.mask.float().mean()
+        notes.stats["causal_capacity"] = ctx.of_real(decision.mask).float().mean()
         return decision
 
     # -- running ------------------------------------------------------------------------------------------------------

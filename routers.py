@@ -53,14 +53,17 @@ class _Surprise(torch.autograd.Function):
         return torch.addcmul(update * by_st, error, by_ch), error * -by_loss
 
 
-def surprise(update: torch.Tensor, predicted: torch.Tensor):
+def surprise(update: torch.Tensor, predicted: torch.Tensor, real: torch.Tensor | None = None):
     """What an update is compared with: itself against "nothing changes", and against its prediction.
 
     update, predicted: (B, T, d) → D_st = ‖update‖² / d and D_ch = ‖update − predicted‖² / d, (B, T) float32, and the
     predictor's loss, MSE(predicted, stopgrad(update)), a scalar. That is the mean of D_ch with a gradient of its own; one
-    difference serves all three, forward and backward.
+    difference serves all three, forward and backward. real: (B, T) bool, what is no padding and counts in the loss.
     """
-    return _Surprise.apply(update, predicted)
+    if real is None:
+        return _Surprise.apply(update, predicted)
+    d_st, d_ch, loss = _Surprise.apply(update, torch.where(real[..., None], predicted, update.detach()))
+    return d_st, d_ch, loss * (real.numel() / real.sum())
 
 
 def moving_average(d: torch.Tensor, window: int) -> torch.Tensor:

@@ -249,6 +249,25 @@ def test_padding_changes_nothing(architecture, routing):
                 assert padded.masks[layer][row].tolist() == mask[0].tolist() + [False] * (30 - n)
 
 
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_padding_counts_in_no_loss_and_no_statistic(architecture):
+    """As transformers' Trainer pads: losses, gradients and the average k-th score are those of the row alone."""
+    options = {} if architecture == "stt" else {"causal_decision": "threshold"}
+    ids, targets, results = random_ids(1, 20), random_ids(1, 20), []
+    for width in (20, 40):
+        model = small_model(architecture, **options).train()
+        given = F.pad(ids, (0, width - 20), value=5), F.pad(targets, (0, width - 20), value=-100)
+        out = model(*given, lengths=[20])
+        grads = torch.autograd.grad(out.loss, model.parameters(), allow_unused=True)
+        results.append((out.losses | out.stats, [grad for grad in grads if grad is not None]))
+    (alone, of_alone), (padded, of_padded) = results
+    assert alone.keys() == padded.keys() and len(of_alone) == len(of_padded)
+    for name, value in alone.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for one, other in zip(of_alone, of_padded, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5 * one.abs().max().item() + 1e-8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
