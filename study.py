@@ -186,8 +186,8 @@ def read_config(path: str) -> dict:
 
 def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     """How many steps spend `flops`, within 1 %. Raises ConfigError where no number does, or what a step costs changes."""
-    unclear = ("capacity_start", "capacity_choices", "distill_from", "lora", "keep_layers")
-    unclear = [key for key in unclear if settings.get(key)]
+    unclear = [key for key in ("capacity_start", "distill_from", "lora", "keep_layers") if settings.get(key)]
+    unclear += ["capacity_choices"] if len(set(settings.get("capacity_choices", []))) > 1 else []
     if unclear or steps_are_given:
         raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
     given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}

@@ -38,7 +38,7 @@ arms = {
     "dense": _dense,
     # 9.6 MFLOPs a token in training, 3.2 at inference: what mod at capacity 0.5 takes
     "dense_short": _dense | {"num_hidden_layers": 4, "intermediate_size": 402},
-    "mod_0.125": _mod | {"capacity": 0.125},
+    "mod_0.125": _mod | {"capacity": 0.125, "capacity_choices": [0.125]},  # calibrated to it at the end
     "mod_0.5": _mod | {"capacity": 0.5},
     "dtf_0.5": _dtf | {"capacity": 0.5},
     "stt_0.5": _stt | {"capacity": 0.5},
