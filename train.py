@@ -655,7 +655,7 @@ def start_guesses(cfg, model, data, parent, device):
     guesses, explained = fit_guesses(parent, model.config, ids.to(device))
     fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
     said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
-    say(f"share of each block's update that its linear guess explains: {said}")
+    say(f"share of each block's update that its linear guess explains, on the text it was fitted to: {said}")
 
 
 def spared_layers(cfg, model_set, data, parent, device) -> list[int]:

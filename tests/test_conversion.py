@@ -85,7 +85,7 @@ def test_a_conversion_starts_from_fitted_guesses(data, start, tmp_path, capsys):
     for skip in ("identity", "linear"):
         train.main([*keys, f"--skip={skip}", f"--out_dir={tmp_path / skip}"])
         first[skip] = metrics(tmp_path / skip)[0]["val/loss"]
-    assert "update that its linear guess explains: 1 0." in capsys.readouterr().err
+    assert "update that its linear guess explains, on the text it was fitted to: 1 0." in capsys.readouterr().err
     small_model("dense", vocab_size=40).save_pretrained(tmp_path / "few")
     for key in ("--skip=linear", "--routed_layers=auto"):  # refused before anything is measured
         with pytest.raises(ConfigError, match="has token ids up to 63, the model vocab_size=40"):
