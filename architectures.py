@@ -105,8 +105,7 @@ class SurprisedBlock(RoutedBlock):
         average = routers.moving_average(d_st, window)  # (B, T)
         g, s_ce, s_cu = routers.gate_of_surprise(d_st, d_ch, average, *scalars)
         notes.tokens |= {"G": g, "S_CE": s_ce, "S_CU": s_cu}
-        means = {name: ctx.of_real(value).mean() for name, value in (("S_CE", s_ce), ("S_CU", s_cu), ("G_cont", g))}
-        notes.stats |= means | self.router.stats()
+        notes.stats |= {"S_CE": ctx.mean(s_ce), "S_CU": ctx.mean(s_cu), "G_cont": ctx.mean(g)} | self.router.stats()
         return g
 
 
@@ -223,7 +222,7 @@ class STTBlock(SurprisedBlock):
         predicted = routers.shift(self.transition(out))  # (B, T, d)
         d_st, d_ch, loss = routers.surprise(update, predicted, ctx.real if ctx.lengths else None)
         g = self.surprise_gate(d_st, d_ch, ctx, notes)
-        notes.losses |= {"tpn": loss, "g_reg": ctx.of_real(g).mean()}
+        notes.losses |= {"tpn": loss, "g_reg": ctx.mean(g)}
         return Score(g, lambda: g, out if self.config.stt_output == "dense" else None)
 
     def flops(self, T, capacity, training, input_grad):

@@ -65,8 +65,12 @@ class Context:
         return self.positions < self.ends[:, None]
 
     def of_real(self, t: torch.Tensor) -> torch.Tensor:
-        """The entries of what is no padding, to be averaged: (B, T, …) → (N, …), or as they are where nothing is padded."""
+        """The entries of what is no padding: (B, T) → (N), or as they are where nothing is padded."""
         return t if self.lengths is None else t[self.real]
+
+    def mean(self, t: torch.Tensor) -> torch.Tensor:
+        """The mean of these entries, of which nobody asks how many they are: (B, T) → a scalar."""
+        return t.float().mean() if self.lengths is None else (t * self.real).sum() / self.real.sum()
 
     def last(self, t: torch.Tensor) -> torch.Tensor:
         """The entry of each row's newest token: (B, T, …) → (B, …)."""
@@ -475,14 +479,14 @@ class RoutedBlock(Block):
         logits, mask = self.causal_logits(x, ctx, notes), decision.mask
         chosen = logits > self.causal_cut
         notes.losses["causal"] = routers.selection_bce(ctx.of_real(logits), ctx.of_real(mask))
-        notes.stats["causal_accuracy"] = ctx.of_real(chosen == mask).float().mean()
+        notes.stats["causal_accuracy"] = ctx.mean(chosen == mask)
         if self.config.causal_decision == "threshold":
             chosen = score > self.threshold
             kth_score = score.detach().topk(k, dim=1).values[:, -1]  # (B)
             if ctx.lengths is not None:  # each row's own k
                 kth_score = score.detach().masked_fill(~mask, torch.inf).amin(1)
             notes.stats["kth_score"] = kth_score.mean()
-        notes.stats["causal_capacity"] = ctx.of_real(chosen).float().mean()
+        notes.stats["causal_capacity"] = ctx.mean(chosen)
         return decision
 
     def choose_above_average(self, score, k: int, room: int, threshold) -> Decision:
@@ -510,7 +514,7 @@ class RoutedBlock(Block):
             return decision
         if ctx.lengths is not None:
             decision.mask = decision.mask & ctx.real
-        notes.stats["causal_capacity"] = ctx.of_real(decision.mask).float().mean()
+        notes.stats["causal_capacity"] = ctx.mean(decision.mask)
         return decision
 
     # -- running ------------------------------------------------------------------------------------------------------

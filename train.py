@@ -60,7 +60,7 @@ from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, 
 from tokenizer import vocabulary
 from weights import fill, find_model
 
-CALIBRATING = 8_192  # tokens that thresholds are calibrated on
+CALIBRATING = 16_384  # tokens that thresholds are calibrated on
 FITTING = 32  # times the hidden size: training tokens that linear guesses are fitted on
 
 
@@ -127,7 +127,7 @@ class TrainConfig:
             found.append("offload=True needs parallel=fsdp")
         if (self.capacity_start is None) != (self.capacity_anneal_steps == 0):
             found.append("capacity_start and capacity_anneal_steps need each other: set both or none")
-        if self.capacity_choices and self.capacity_start is not None:
+        if len(set(self.capacity_choices)) > 1 and self.capacity_start is not None:
             found.append("capacity_choices and capacity_start do not go together: drop one of them")
         if self.lora and self.init_from == "scratch":
             found.append("lora=True needs pretrained weights: set init_from")
@@ -624,7 +624,7 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     choose, fit = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
     if choose or fit:
         parent = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep)
-        check_fit(cfg, parent.config, data, world())  # before anything is measured
+        check_fit(cfg, parent.config, data, world(), routes=False)  # before anything is measured
         if shard is None:
             parent.to(device)
     if choose:
@@ -675,8 +675,11 @@ def spared_layers(cfg, model_set, data, parent, device) -> list[int]:
     return chosen
 
 
-def check_fit(cfg, model_cfg, data, ranks):
-    """Whether model, data and job can work together; ConfigError names everything that cannot."""
+def check_fit(cfg, model_cfg, data, ranks, routes=True):
+    """Whether model, data and job can work together; ConfigError names everything that cannot.
+
+    routes: False for a parent, of which no routing is asked yet.
+    """
     found = []
     vocab_size, longest = model_cfg.vocab_size, model_cfg.max_position_embeddings
     if data.vocab_size > vocab_size:
@@ -687,9 +690,9 @@ def check_fit(cfg, model_cfg, data, ranks):
     if cfg.grad_accum_steps % ranks:
         cure = f"use {-(-cfg.grad_accum_steps // ranks) * ranks}"
         found.append(f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: {cure}")
-    if cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
+    if routes and cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
-    if cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
+    if routes and cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
         found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
     if model_cfg.selection == "threshold" and (cfg.capacity_start is not None or len(set(cfg.capacity_choices)) > 1):
         key = "capacity_choices" if cfg.capacity_choices else "capacity_start"
