@@ -288,8 +288,13 @@ def unjudged(cfg: StudyConfig, run: Run) -> list[str]:
     return [text for text in cfg.judge if judged.get(text, {}).get("limit") != cfg.judge_tokens]
 
 
+def to_do(cfg: StudyConfig, run: Run) -> bool:
+    """Whether a run is to be trained, judged or counted yet; one that only the results know is finished."""
+    return not run.finished or (run.model.exists() and bool(unjudged(cfg, run) or not run.kept("costs.json")))
+
+
 def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
-    """Trains and judges what is still to be done of a run. Returns what went wrong, the last line of its log."""
+    """Trains, judges and counts what is still to be done of a run. Returns what went wrong, the last line of its log."""
     if children.signal:
         return None
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -307,9 +312,11 @@ def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
         if run.model.exists():
             for text in unjudged(cfg, run):
                 judge(cfg, run, text, children, log)
+            if not (children.signal or run.kept("costs.json")):
+                write_whole(run.folder / "costs.json", costs.of_inference(run.model, run.settings))
             for step in [] if cfg.checkpoints else run.folder.glob("step_*"):
                 shutil.rmtree(step)
-        if children.signal or (run.model.exists() and not unjudged(cfg, run)):
+        if children.signal or not to_do(cfg, run):
             return None
         log.seek(0)
         return next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "it said nothing")
@@ -361,8 +368,8 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
     """Brings every run to its end, `jobs` at a time: {run that failed: why}. Exits where the study is stopped."""
     failed, said, terminal = {}, time.monotonic(), sys.stderr.isatty()
     asked = [run for run in runs if cfg.asks(run.arm, run.seed)]
-    waiting = [run for run in asked if not run.finished or (run.model.exists() and unjudged(cfg, run))]
-    children = Children(cfg.threads)
+    waiting, children = [run for run in asked if to_do(cfg, run)], Children(cfg.threads)
+    torch.set_num_threads(cfg.threads)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         futures = {pool.submit(complete, cfg, run, children): run for run in waiting}
         pending = set(futures)
@@ -391,13 +398,9 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
 
 
 def measure(cfg: StudyConfig, finished: list[Run]):
-    """Everything that is not measured yet and whose model is here: costs of every run, speeds of the first of an arm."""
-    finished = [run for run in finished if run.model.exists()]
+    """The speeds of each arm that are not measured yet, by its first run whose model is here."""
     torch.set_num_threads(cfg.threads)
-    for run in finished:
-        if not run.kept("costs.json"):
-            write_whole(run.folder / "costs.json", costs.of_inference(run.model, run.settings))
-    first = {run.arm: run for run in reversed(finished)}
+    first = {run.arm: run for run in reversed(finished) if run.model.exists()}
     for run in first.values() if cfg.speed and cfg.reference in first else ():
         reference, kept = first[cfg.reference], run.kept("speed.json")
         processor = device_name(costs.device_of(run.settings)[0])
