@@ -482,8 +482,9 @@ class RoutedBlock(Block):
         notes.stats["causal_accuracy"] = ctx.mean(chosen == mask)
         if self.config.causal_decision == "threshold":
             chosen = score > self.threshold
-            kth_score = score.detach().topk(k, dim=1).values[:, -1]  # (B)
-            if ctx.lengths is not None:  # each row's own k
+            if ctx.lengths is None:
+                kth_score = score.detach().topk(k, dim=1).values[:, -1]  # (B)
+            else:  # each row has its own k
                 kth_score = score.detach().masked_fill(~mask, torch.inf).amin(1)
             notes.stats["kth_score"] = kth_score.mean()
         notes.stats["causal_capacity"] = ctx.mean(chosen)

@@ -438,15 +438,13 @@ def record(cfg: StudyConfig, run: Run) -> dict:
 
 def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
-    before, measured = (
-        reported(cfg),
-        {run.arm: run.kept("speed.json") for run in reversed(finished) if run.model.exists()},
-    )
+    before = reported(cfg)
+    kept = {run.arm: run.kept("speed.json") for run in reversed(finished) if run.model.exists()}
+    measured = {arm: speed for arm, speed in kept.items() if speed}
     document = {"reference": cfg.reference, "axis": cfg.axis, "judge_tokens": cfg.judge_tokens}
     document["speeds"] = {run.arm: before.get("speeds", {}).get(run.arm, {}) for run in finished}
-    document["speeds"] |= {arm: kept["speeds"] for arm, kept in measured.items() if kept}
-    where = {arm: kept["where"] for arm, kept in measured.items() if kept}
-    document["measured_on"] = before.get("measured_on", {}) | where
+    document["speeds"] |= {arm: speed["speeds"] for arm, speed in measured.items()}
+    document["measured_on"] = before.get("measured_on", {}) | {arm: speed["where"] for arm, speed in measured.items()}
     others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
     return document | {"runs": [record(cfg, run) for run in finished] + others}
 

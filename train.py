@@ -362,10 +362,12 @@ class Run:
         model.train()
         if not self.sharded:
             model.to(self.device)
-        missing, on_cuda = missing_compiler(), self.device.type == "cuda"
-        self.compiling = cfg.compile is True or (cfg.compile == "auto" and on_cuda and not missing)
-        if cfg.compile == "auto" and on_cuda and missing:
-            say(f"not compiled, and slower: {missing} is not there; install it, or name a C++ compiler in CXX")
+        self.compiling = cfg.compile is True
+        if cfg.compile == "auto" and self.device.type == "cuda":
+            missing = missing_compiler()
+            self.compiling = not missing
+            if missing:
+                say(f"not compiled, and slower: {missing} is not there; install it, or name a C++ compiler in CXX")
         if self.compiling:
             model.compile_trunk()
         torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
