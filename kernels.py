@@ -182,11 +182,10 @@ def skips_idle(x) -> bool:
 
 def _to_targets(logits, targets):
     """−log p(target) of every row, and its gradient by the logits: (n, V), (n, 1) → (n, 1), (n, V)."""
-    highest, where = logits.max(-1, keepdim=True)
-    at_target = logits.gather(1, targets)
+    highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, targets)
     p = torch.softmax(logits, -1)
     # log Σ exp(logits) from the largest probability, which is at least 1 / V and cannot vanish
-    losses = highest - p.gather(1, where).log() - at_target
+    losses = highest - p.amax(-1, keepdim=True).log() - at_target
     return losses, p.scatter_add_(1, targets, torch.full_like(at_target, -1))
 
 
@@ -208,6 +207,16 @@ def _losses_and_gradient(logits, targets, teacher=None):
     return losses * counts, grad.mul_(counts).to(logits.dtype)
 
 
+def _in_pieces(logits, targets, teacher=None):
+    """The same in the logits' own place, in pieces whose float32 copies stay in a processor's cache."""
+    rows, losses = max(1, (1 << 21) // logits.size(1)), torch.empty_like(targets, dtype=torch.float32)
+    for start in range(0, logits.size(0), rows):
+        part = slice(start, start + rows)
+        of_teacher = None if teacher is None else teacher[part]
+        losses[part], logits[part] = _losses_and_gradient(logits[part], targets[part], of_teacher)
+    return losses, logits
+
+
 def _fused():
     """The same for a GPU, where triton is there: see gpu_kernels.py."""
     return _triton().losses_and_gradient if TRITON else _losses_and_gradient
@@ -219,7 +228,9 @@ def _weight_gradient(grad, hidden):
         return torch.mm(grad.t(), hidden, out_dtype=torch.float32)
     if grad.dtype == torch.float16:  # smaller, or a long sum leaves its range
         return linear(hidden.t() * 2.0**-8, grad.t()).t().float() * 2.0**8
-    return linear(hidden.t(), grad.t()).t().float()  # the first is copied, transposed: better the narrower one
+    if grad.dtype == torch.bfloat16:
+        return torch.mm(grad.t(), hidden).float()
+    return linear(hidden.t(), grad.t()).t()  # the first is copied, transposed: better the narrower one
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -233,6 +244,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, rows, teacher):
         total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
         losses_and_gradient = _fused() if hidden.is_cuda else _losses_and_gradient
+        if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2:
+            losses_and_gradient = _in_pieces
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
@@ -264,9 +277,11 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     hidden (N, d), weight (V, d), targets (N). The loss is the cross-entropy with the targets or, with teacher = (its hidden
     states (N, d'), its weight (V, d')), KL(teacher ‖ model), the distillation loss of Hinton et al. 2015 at temperature 1.
     The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB. A CPU
-    wants chunks that it need not fetch from the system anew, a GPU few large ones, since each adds to the weight's gradient.
+    wants chunks that it need not fetch from the system anew; where products are much faster than sums, as in half precision
+    and on a GPU, chunks are few and large, since each adds to the weight's gradient.
     """
-    rows = max(256, (1 << 22 if hidden.device.type == "cpu" else 1 << 27) // weight.size(0))
+    size = 1 << 27 if hidden.device.type != "cpu" else 1 << 26 if hidden.dtype.itemsize == 2 else 1 << 22  # logits
+    rows = max(256, size // weight.size(0))
     if hidden.is_cuda and _fused() is not _losses_and_gradient:  # which needs no float32 copies of them
         rows = 4096
     if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
