@@ -19,7 +19,9 @@ checkpoints = False
 
 common = _screening["common"] | {"dtype": "bfloat16"}  # twice as fast where a CPU multiplies it in hardware (AMX)
 judge_tokens = _screening["judge_tokens"]
-arms = {name: _screening["arms"][name] for name in ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth")}
+arms = {
+    name: _screening["arms"][name] for name in ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth")
+}
 arms["mod_eighth"] |= {"capacity_choices": [0.125]}
 _ways = {"fast": {"lr_base": 1e-3}, "distilled": {"distill_from": "out/smollm2"}}
 for _way, _keys in _ways.items():
