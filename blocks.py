@@ -120,7 +120,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        kind = x.device.type  # under autocast each product behind it would cast it anew, and keep what it cast
+        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float, scaling: dict | None = None):
@@ -212,8 +214,9 @@ class Predictor(MLP):
         return max(2, width + width % 2)
 
     def activations(self, p) -> float:
-        """Bytes that autograd keeps of one token, the distance to what is guessed among them."""
-        return p.product * ((1 + p.casts) * self.norm.weight.numel() + 5 * self.gate_proj.out_features)
+        """Bytes that autograd keeps of one token, the distance to what is guessed among them: float32."""
+        d = self.norm.weight.numel()
+        return p.product * (d + 5 * self.gate_proj.out_features) + 4 * d
 
     def folded(self) -> torch.Tensor:
         """The first two matrices as one, the norm's weight in it: (2 · width, d)."""
@@ -238,7 +241,7 @@ class LinearGuess(kernels.Linear):
 
     def activations(self, p) -> float:
         """Bytes that autograd keeps of one token."""
-        return p.product * p.casts * self.in_features
+        return p.product * self.in_features
 
     def forward(self, x):
         return super().forward((x * routers.inverse_rms(x, self.eps)).to(x.dtype))
@@ -253,7 +256,6 @@ class Precision:
 
     product: int  # of what goes into and comes out of matrix products
     residual: int  # of the residual stream
-    casts: int  # copies that autocast makes of a product's input, beside the input itself
 
 
 class Block(nn.Module):
@@ -324,16 +326,15 @@ class Block(nn.Module):
     def attention_activations(self, p: Precision) -> float:
         """Bytes that autograd keeps of one token in attention and its norm.
 
-        Autocast casts a product's input anew for each of q, k, v and of gate and up. CUDA's fused RMSNorm keeps a little
-        less than is counted here.
+        CUDA's fused RMSNorm keeps a little less than is counted here.
         """
         d, kv = self.config.hidden_size, self.config.num_key_value_heads * self.config.head_dim
-        return 2 * p.residual * d + p.product * ((1.5 * p.casts - 0.5) * d + 2 * self.attention_width + 2 * kv)
+        return 2 * p.residual * d + p.product * (d + 2 * self.attention_width + 2 * kv)
 
     def mlp_activations(self, p: Precision) -> float:
         """The same of the MLP and its norm."""
         d = self.config.hidden_size
-        return 2 * p.residual * d + p.product * (p.casts * d + 4 * self.config.intermediate_size)
+        return 2 * p.residual * d + p.product * (d + 4 * self.config.intermediate_size)
 
     def block_activations(self, p: Precision) -> float:
         """The same of the Qwen2 block."""
@@ -690,7 +691,7 @@ class RoutedBlock(Block):
             routed += attention
             if not cfg.compact_cache:  # keys and values
                 kv = cfg.num_key_value_heads * cfg.head_dim
-                of_all += p.product * (p.casts * d + 2 * kv)
+                of_all += p.residual * d + p.product * (d + 2 * kv)
         if cfg.skip != "identity":
             of_all += self.skip.activations(p)
         return of_all + self.capacity * routed

@@ -132,9 +132,7 @@ def clip_grad_norm(parameters, max_norm, device):
 
 def activations(model, batch: int, seq_len: int, dtype: torch.dtype, sharded: bool, checkpointing: bool) -> float:
     """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
-    # Autocast casts every product's input, and leaves the residual stream in float32.
-    autocast = dtype.itemsize == 2 and not sharded
-    precision = Precision(dtype.itemsize, dtype.itemsize if sharded else 4, 2 if autocast else 1)
+    precision = Precision(dtype.itemsize, dtype.itemsize if sharded else 4)  # autocast leaves the residual stream alone
     layers = [layer.activations(precision) for layer in model.model.layers]
     if checkpointing:
         return batch * seq_len * (len(layers) * precision.residual * model.config.hidden_size + max(layers))
