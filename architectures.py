@@ -136,7 +136,7 @@ class DecisionBlock(Block):
 
             return x + update, Notes(signal=(routers.mean_square(update), d_ch))
         state["folded"] = folded = self.prior.folded()
-        *surprise, loss = routers.surprise(update, self.prior(x, folded), ctx.real if ctx.lengths else None)
+        *surprise, loss = routers.surprise(update, self.prior(x, folded), ctx.real)
         return x + update, Notes(losses={"prior": loss} if ctx.routing == "topk" else {}, signal=surprise)
 
     def flops(self, T, capacity, training, input_grad):
@@ -220,7 +220,7 @@ class STTBlock(SurprisedBlock):
         update = self.part_delta(x, lambda hidden: self.self_attn(hidden, ctx.rope))  # (B, T, d)
         out = x + update
         predicted = routers.shift(self.transition(out))  # (B, T, d)
-        d_st, d_ch, loss = routers.surprise(update, predicted, ctx.real if ctx.lengths else None)
+        d_st, d_ch, loss = routers.surprise(update, predicted, ctx.real)
         g = self.surprise_gate(d_st, d_ch, ctx, notes)
         notes.losses |= {"tpn": loss, "g_reg": ctx.mean(g)}
         return Score(g, lambda: g, out if self.config.stt_output == "dense" else None)

@@ -60,17 +60,17 @@ class Context:
         return torch.tensor(self.lengths, device=self.positions.device)
 
     @functools.cached_property
-    def real(self) -> torch.Tensor:
-        """What is no padding: (B, T) bool."""
-        return self.positions < self.ends[:, None]
+    def real(self) -> torch.Tensor | None:
+        """What is no padding: (B, T) bool, None where nothing is padded."""
+        return None if self.lengths is None else self.positions < self.ends[:, None]
 
     def of_real(self, t: torch.Tensor) -> torch.Tensor:
         """The entries of what is no padding: (B, T) → (N), or as they are where nothing is padded."""
-        return t if self.lengths is None else t[self.real]
+        return t if self.real is None else t[self.real]
 
     def mean(self, t: torch.Tensor) -> torch.Tensor:
         """The mean of these entries, of which nobody asks how many they are: (B, T) → a scalar."""
-        return t.float().mean() if self.lengths is None else (t * self.real).sum() / self.real.sum()
+        return t.float().mean() if self.real is None else (t * self.real).sum() / self.real.sum()
 
     def last(self, t: torch.Tensor) -> torch.Tensor:
         """The entry of each row's newest token: (B, T, …) → (B, …)."""
@@ -514,7 +514,7 @@ class RoutedBlock(Block):
             if ctx.cache.finished is not None:
                 decision.mask = decision.mask & ~ctx.cache.finished[:, None]
             return decision
-        if ctx.lengths is not None:
+        if ctx.real is not None:
             decision.mask = decision.mask & ctx.real
         notes.stats["causal_capacity"] = ctx.mean(decision.mask)
         return decision
