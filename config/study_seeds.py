@@ -19,12 +19,11 @@ checkpoints = False
 
 common = _screening["common"] | {"dtype": "bfloat16"}  # twice as fast where a CPU multiplies it in hardware (AMX)
 judge_tokens = _screening["judge_tokens"]
-arms = {
-    name: _screening["arms"][name] for name in ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth")
-}
-arms["mod_eighth"] |= {"capacity_choices": [0.125]}
-_ways = {"fast": {"lr_base": 1e-3}, "distilled": {"distill_from": "out/smollm2"}}
-for _way, _keys in _ways.items():
-    arms |= {f"{name}_{_way}": arms[name] | _keys for name in ("dense", "drop", "mod_eighth")}
+_names = ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth", "drop_linear", "mod_eighth_linear")
+arms = {name: _screening["arms"][name] for name in _names}
+arms |= {name: arms[name] | {"capacity_choices": [0.125]} for name in ("mod_eighth", "mod_eighth_linear")}
+_slow, _taught = {"lr_base": 1e-4}, {"distill_from": "out/smollm2"}
+arms |= {f"{name}_slow": keys | _slow for name, keys in arms.items()}
+arms |= {f"{name}_distilled": arms[name] | _taught for name in ("dense", "drop", "mod_eighth")}
 seeds = [1, 2, 3]
 reference = "dense"
