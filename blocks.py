@@ -59,7 +59,7 @@ class Context:
         """`lengths` on the device, copied there once for all layers: (B)."""
         return torch.tensor(self.lengths, device=self.positions.device)
 
-    @functools.cached_property
+    @property  # a cached one takes a lock, which torch.compile does not know
     def real(self) -> torch.Tensor | None:
         """What is no padding: (B, T) bool, None where nothing is padded."""
         return None if self.lengths is None else self.positions < self.ends[:, None]
