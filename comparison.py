@@ -267,11 +267,6 @@ def draw_inference(fig, document: dict):
     axes = fig.subplots(rows, columns_of_panels, sharey=True, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    ends = [
-        (statistics.fmean(values[arm].values()), f"{MARKS[look['marker']]} {arm}", look["color"])
-        for arm, look in look_of.items()
-        if values[arm]
-    ]
     for ax, (title, label, ratios) in zip(axes.flat, panels, strict=False):
         ax.set(title=title, xlabel=label)
         for arm, look in look_of.items():
@@ -281,7 +276,12 @@ def draw_inference(fig, document: dict):
         if values.get(reference):
             ax.axhline(statistics.fmean(values[reference].values()), color="#BBBBBB", linewidth=0.6, zorder=0)
         ax.margins(0.15, 0.12)
-    for ax in axes.flat[: len(panels)]:
+    for ax, (_, _, ratios) in zip(axes.flat, panels, strict=False):  # when all losses are in the common scale
+        ends = [
+            (statistics.fmean(values[arm].values()), f"{MARKS[look['marker']]} {arm}", look["color"])
+            for arm, look in look_of.items()
+            if values[arm] and arm in ratios
+        ]
         label_ends(ax, ends, gap=0.05)  # in the order of their losses
     for ax in axes[:, 0]:
         ax.set_ylabel(f"nats per token of {text}, causal routing")
