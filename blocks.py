@@ -59,10 +59,14 @@ class Context:
         """`lengths` on the device, copied there once for all layers: (B)."""
         return torch.tensor(self.lengths, device=self.positions.device)
 
-    @property  # a cached one takes a lock, which torch.compile does not know
+    @functools.cached_property  # takes a lock that torch.compile does not know: for padded passes, which are eager
+    def _real(self) -> torch.Tensor:
+        return self.positions < self.ends[:, None]
+
+    @property
     def real(self) -> torch.Tensor | None:
-        """What is no padding: (B, T) bool, None where nothing is padded."""
-        return None if self.lengths is None else self.positions < self.ends[:, None]
+        """What is no padding: (B, T) bool, made once for all layers; None where nothing is padded."""
+        return None if self.lengths is None else self._real
 
     def of_real(self, t: torch.Tensor) -> torch.Tensor:
         """The entries of what is no padding: (B, T) → (N), or as they are where nothing is padded."""
