@@ -222,6 +222,19 @@ def _fused():
     return _triton().losses_and_gradient if TRITON else _losses_and_gradient
 
 
+def _way(hidden, vocab_size):
+    """How many rows' logits exist at a time, and what makes their losses and their gradient.
+
+    A CPU wants chunks that it need not fetch from the system anew. Where products are much faster than sums, as in half
+    precision and on a GPU, chunks are few and large, since each adds to the weight's gradient.
+    """
+    if hidden.is_cuda and _fused() is not _losses_and_gradient:  # which needs no float32 copies of the logits
+        return 4096, _fused()
+    on_cpu, half = hidden.device.type == "cpu", hidden.dtype.itemsize == 2
+    logits = (1 << 26 if half else 1 << 22) if on_cpu else 1 << 27
+    return max(256, logits // vocab_size), _in_pieces if on_cpu and half else _losses_and_gradient
+
+
 def _weight_gradient(grad, hidden):
     """gradᵀ · hidden in float32: (n, V), (n, d) → (V, d)."""
     if grad.is_cuda and grad.dtype.itemsize == 2:
@@ -241,11 +254,9 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows, teacher):
+    def forward(ctx, hidden, weight, targets, teacher):
         total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
-        losses_and_gradient = _fused() if hidden.is_cuda else _losses_and_gradient
-        if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2:
-            losses_and_gradient = _in_pieces
+        rows, losses_and_gradient = _way(hidden, weight.size(0))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
@@ -268,7 +279,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight, share = ctx.saved_tensors
         grad = grad * share
         of_hidden, of_weight = (None if g is None else g * grad for g in (grad_hidden, grad_weight))
-        return of_hidden, of_weight, None, None, None
+        return of_hidden, of_weight, None, None
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
@@ -276,14 +287,8 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 
     hidden (N, d), weight (V, d), targets (N). The loss is the cross-entropy with the targets or, with teacher = (its hidden
     states (N, d'), its weight (V, d')), KL(teacher ‖ model), the distillation loss of Hinton et al. 2015 at temperature 1.
-    The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB. A CPU
-    wants chunks that it need not fetch from the system anew; where products are much faster than sums, as in half precision
-    and on a GPU, chunks are few and large, since each adds to the weight's gradient.
+    The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB.
     """
-    size = 1 << 27 if hidden.device.type != "cpu" else 1 << 26 if hidden.dtype.itemsize == 2 else 1 << 22  # logits
-    rows = max(256, size // weight.size(0))
-    if hidden.is_cuda and _fused() is not _losses_and_gradient:  # which needs no float32 copies of them
-        rows = 4096
     if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
         hidden, weight = hidden.detach(), weight.detach()
-    return _HeadLoss.apply(hidden, weight, targets, rows, teacher)
+    return _HeadLoss.apply(hidden, weight, targets, teacher)

@@ -1,4 +1,4 @@
-"""Does routing pay from scratch? Nine kinds of model of the demo's size at equal FLOPs, three seeds each.
+"""Does routing pay from scratch? Ten kinds of model of the demo's size at equal FLOPs, three seeds each.
 
     python prepare.py --input='.venv/lib/**/*.py' --out_dir=data/packages     Python packages that are installed anyway
     python study.py config/study_rates.py --jobs=2                     the rates below: the best of each architecture
@@ -40,6 +40,7 @@ arms = {
     "dense_short": _dense | {"num_hidden_layers": 4, "intermediate_size": 402},
     "mod_0.125": _mod | {"capacity": 0.125, "capacity_choices": [0.125]},  # calibrated to it at the end
     "mod_0.5": _mod | {"capacity": 0.5},
+    "mod_gate": _mod | {"capacity": 1.0},  # every token enters every block: what the gate alone is worth
     "dtf_0.5": _dtf | {"capacity": 0.5},
     "stt_0.5": _stt | {"capacity": 0.5},
     "stt_dense_output": _stt | {"capacity": 0.5, "stt_output": "dense"},
