@@ -1,7 +1,7 @@
 """config/study_scratch.py on another kind of text: books, of which there are fewer, so that a run is a fifth as long.
 
-    python prepare.py --input=books/,news.txt --out_dir=data/books             text of yours, 2.5 million tokens or more
-    python study.py config/study_books.py --jobs=2
+python prepare.py --input=books/,news.txt --out_dir=data/books             text of yours, 2.5 million tokens or more
+python study.py config/study_books.py --jobs=2
 """
 
 from pathlib import Path
