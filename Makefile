@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(PYTHON) -m ruff format --check .
 
 bench: .venv/installed
-	$(PYTHON) bench.py $(SHAPE) --seq_len=1024 --batch_size=1 --threads=2 --baseline=docs/benchmarks/baseline.json
+	$(PYTHON) bench.py $(SHAPE) --seq_len=1024 --batch_size=1 --threads=2 --dtype=float32 --baseline=docs/benchmarks/baseline.json
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

@@ -12,6 +12,8 @@ from errors import ConfigError
 from kernels import keep_heap
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of products, see `fastest_dtype`
+# What oneDNN calls sets of instructions that multiply bfloat16 without AMX or with it.
+AVX512_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")
 
 # Dense bf16 matrix FLOP/s of one device with float32 accumulation, from the vendors' data sheets; the first whose words
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
@@ -89,9 +91,11 @@ def fastest_dtype(kind: str) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has AMX, and oneDNN, which multiplies by it, is not told to leave it alone."""
+    """Whether this processor has AMX or AVX512_BF16, and oneDNN, which multiplies by it, is not told to leave it alone."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    return torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    unlimited = limit in ("ALL", "DEFAULT")
+    amx = torch.cpu._is_amx_tile_supported() and (unlimited or "AMX" in limit)
+    return amx or torch.cpu._is_avx512_bf16_supported() and (unlimited or limit in AVX512_BF16)
 
 
 def autocast(device, dtype: torch.dtype):

@@ -34,10 +34,12 @@ def made_by(vendor: str) -> bool:
 _onednn = torch.backends.mkldnn.is_available()
 # All products: oneDNN uses AVX-512 on all that have it.
 ONEDNN = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not made_by("GenuineIntel")
-# Products of a decoding step alone: two to five rows are the columns of a product that MKL divides over the cores, the
-# weight standing first; the others go to oneDNN.
+# Products of a decoding step alone, on AMD's with AVX2; the others stay MKL's.
 SKINNY = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX2" and made_by("AuthenticAMD")
-COLUMNS = range(2, 6)
+# Without gradients so few rows are columns, the weight standing first: of a product that MKL divides over the cores, or of
+# oneDNN's.
+MKL_COLUMNS = range(2, 5 if ONEDNN else 6)
+ONEDNN_COLUMNS = range(5, 17) if ONEDNN else range(0)
 # oneDNN takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
 # decoding step, whose shapes come again and again; small weights are still MKL's.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
@@ -115,15 +117,16 @@ class _Linear(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    skinny = SKINNY and not torch.is_grad_enabled()
-    if not ((ONEDNN or skinny) and float32 and x.device.type == "cpu"):
+    if not ((ONEDNN or SKINNY and not torch.is_grad_enabled()) and float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     rows = x.numel() // x.size(-1)
-    if skinny and rows in COLUMNS and not torch.compiler.is_compiling():  # which mistakes the strides behind it
-        columns = x.flatten(0, -2).t()  # (n, rows)
-        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (m, rows)
-        return y.t().contiguous().unflatten(0, x.shape[:-1])
     few = 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
+    columns = rows in MKL_COLUMNS or few and rows in ONEDNN_COLUMNS
+    if columns and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which mistakes the strides
+        x_flat = x.flatten(0, -2)  # (rows, n)
+        y = weight @ x_flat.t() if rows in MKL_COLUMNS else product(weight, x_flat)  # (m, rows)
+        y = y.t().contiguous().unflatten(0, x.shape[:-1])
+        return y if bias is None else y.add_(bias)
     many = ONEDNN and rows * weight.numel() >= SMALLEST
     if not (few or many):
         return F.linear(x, weight, bias)

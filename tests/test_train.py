@@ -817,15 +817,17 @@ def test_what_a_device_takes_of_number_formats(monkeypatch):
     for half in ("bfloat16", "float16"):
         with pytest.raises(ConfigError, match=f"dtype={half} is not to be trusted on MPS"):
             device.pick_device("mps", half)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    limits = {None: "bfloat16", "AVX512_CORE_AMX": "bfloat16", "DEFAULT": "bfloat16", "AVX512_CORE_BF16": "float32"}
-    for limit, dtype in limits.items():  # of oneDNN
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit) if limit else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-        assert device.pick_device("cpu")[1] == getattr(torch, dtype)
-        assert device.pick_device("cpu", "float32")[1] == torch.float32
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert device.pick_device("cpu")[1] == torch.float32
+    limits = (None, "DEFAULT", "AVX512_CORE_AMX", "AVX512_CORE_BF16", "AVX512_CORE")  # of oneDNN
+    takes = {(True, True): 4, (True, False): 3, (False, True): 4, (False, False): 0}  # (AMX, AVX512_BF16): so many
+    for (amx, avx512_bf16), count in takes.items():
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512_bf16: has)
+        for i, limit in enumerate(limits):
+            monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+            if limit:
+                monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+            assert device.pick_device("cpu")[1] == (torch.bfloat16 if i < count else torch.float32)
+            assert device.pick_device("cpu", "float32")[1] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
