@@ -2,6 +2,9 @@
 
     python study.py config/study_seeds.py --judge=held_out.txt --jobs=2
 
+The arms that are _taught learn from dense's own first run, which knows the text: run dense with seed 1 before them, and then
+cp -r out/study_seeds/dense-1/final_model out/adapted.
+
 A learned choice is brought to its capacity at the end (capacity_choices): the causal student of an eighth of the tokens
 says yes to half as many, where no token is more likely than not to be among them.
 """
@@ -17,13 +20,25 @@ picture = "docs/images/study_seeds.png"
 axis = "inference"
 checkpoints = False
 
-common = _screening["common"] | {"dtype": "bfloat16"}  # twice as fast where a CPU multiplies it in hardware (AMX)
+common = _screening["common"] | {"dtype": "bfloat16"}  # twice as fast where a CPU multiplies it in hardware
 judge_tokens = _screening["judge_tokens"]
 _names = ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth", "drop_linear", "mod_eighth_linear")
 arms = {name: _screening["arms"][name] for name in _names}
 arms |= {name: arms[name] | {"capacity_choices": [0.125]} for name in ("mod_eighth", "mod_eighth_linear")}
-_slow, _taught = {"lr_base": 1e-4}, {"distill_from": "out/smollm2"}
-arms |= {f"{name}_slow": keys | _slow for name, keys in arms.items()}
-arms |= {f"{name}_distilled": arms[name] | _taught for name in ("dense", "drop", "mod_eighth")}
+arms |= {f"{name}_slow": keys | {"lr_base": 1e-4} for name, keys in arms.items()}
+arms |= {f"{name}_distilled": arms[name] | {"distill_from": "out/smollm2"} for name in ("dense", "drop", "mod_eighth")}
+arms |= {f"{name}_taught": arms[name] | {"distill_from": "out/adapted"} for name in ("dense", "drop", "mod_eighth")}
+# More speeds, and what each means is worth to mod_eighth.
+_mod = arms["mod_eighth"]
+arms["drop_four"] = {"architecture": "dense", "keep_layers": [i for i in range(30) if i not in (4, 5, 14, 17)]}
+arms["mod_eight_half"] = _mod | {"capacity": 0.5, "capacity_choices": [0.5]}
+arms["mod_eight_many"] = _mod | {"capacity_choices": [0.125, 0.5, 1.0]}
+arms["mod_half"] = _screening["arms"]["mod_half"] | {"capacity_choices": [0.5]}
+arms["mod_eighth_raw"] = _mod | {"router_input": "raw"}
+arms["mod_eighth_own_keys"] = _mod | {"kv": "selected"}
+arms["mod_eighth_soft"] = _mod | {"gate": "soft"}
+arms["mod_eighth_predict"] = _mod | {"skip": "predict"}
+arms["mod_eighth_threshold"] = _mod | {"selection": "threshold", "causal_decision": "threshold"}
+arms["mod_mlp"] = _screening["arms"]["mod_mlp"] | {"capacity_choices": [0.5]}
 seeds = [1, 2, 3]
 reference = "dense"
