@@ -255,11 +255,13 @@ GUESSES = {"predict": Predictor, "linear": LinearGuess}  # what stands in for a 
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Bytes of the numbers that a training step keeps."""
+class Kept:
+    """What decides how much a training step keeps: bytes of the numbers, the length of the sequences, the device's type."""
 
     product: int  # of what goes into and comes out of matrix products
     residual: int  # of the residual stream
+    seq_len: int
+    device: str
 
 
 class Block(nn.Module):
@@ -327,29 +329,30 @@ class Block(nn.Module):
         """Bytes of weights that one decoding step reads here. ran: {routed layer: share of steps in which a row runs}."""
         return nbytes(self)
 
-    def attention_activations(self, p: Precision) -> float:
-        """Bytes that autograd keeps of one token in attention and its norm.
+    def attention_activations(self, p: Kept, attending: int) -> float:
+        """Bytes that autograd keeps of one token in attention and its norm. attending: the tokens that do so without a mask.
 
         CUDA's fused RMSNorm keeps a little less than is counted here.
         """
         d, kv = self.config.hidden_size, self.config.num_key_value_heads * self.config.head_dim
-        return 2 * p.residual * d + p.product * (d + 2 * self.attention_width + 2 * kv)
+        probabilities = self.config.num_attention_heads * kernels.keys_kept(attending, p.device)
+        return 2 * p.residual * d + p.product * (d + 2 * self.attention_width + 2 * kv + probabilities)
 
-    def mlp_activations(self, p: Precision) -> float:
+    def mlp_activations(self, p: Kept) -> float:
         """The same of the MLP and its norm."""
         d = self.config.hidden_size
         return 2 * p.residual * d + p.product * (d + 4 * self.config.intermediate_size)
 
-    def block_activations(self, p: Precision) -> float:
+    def block_activations(self, p: Kept) -> float:
         """The same of the Qwen2 block."""
-        return self.attention_activations(p) + self.mlp_activations(p)
+        return self.attention_activations(p, p.seq_len) + self.mlp_activations(p)
 
     @property
     def attention_width(self) -> int:
         """Numbers of one token's queries."""
         return self.config.num_attention_heads * self.config.head_dim
 
-    def activations(self, p: Precision) -> float:
+    def activations(self, p: Kept) -> float:
         """Bytes that autograd keeps of one token of a training step in this layer."""
         return self.block_activations(p)
 
@@ -686,13 +689,13 @@ class RoutedBlock(Block):
 
     def activations(self, p):
         cfg, d = self.config, self.config.hidden_size
-        attention, mlp = self.attention_activations(p), self.mlp_activations(p)
         of_all = p.residual * d  # what routers read
-        routed = mlp + p.residual * d + 8 * d  # the gated update; the indices
+        routed = self.mlp_activations(p) + p.residual * d + 8 * d  # the gated update; the indices
         if cfg.routed_part == "mlp":
-            of_all += attention
+            of_all += self.attention_activations(p, p.seq_len)
         else:
-            routed += attention
+            k = routers.capacity_k(self.capacity, p.seq_len)
+            routed += self.attention_activations(p, k if cfg.compact_cache else 0)
             if not cfg.compact_cache:  # keys and values
                 kv = cfg.num_key_value_heads * cfg.head_dim
                 of_all += p.residual * d + p.product * (d + 2 * kv)

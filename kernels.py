@@ -44,6 +44,10 @@ ONEDNN_COLUMNS = range(5, 17) if ONEDNN else range(0)
 # decoding step, whose shapes come again and again; small weights are still MKL's.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
 
+# Causal attention of so many tokens is written out, QUERIES at a time: torch's own kernel takes 1.2 to 2.3 times as long in
+# training. Shorter it is not worth it, longer it keeps too many probabilities.
+WRITTEN_OUT, QUERIES = range(128, 1025) if ONEDNN else range(0), 64
+
 # With torch for GPUs. What it makes is started by C that it compiles; its interpreter is not.
 _starts = os.environ.get("TRITON_INTERPRET") or any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc")))
 TRITON = importlib.util.find_spec("triton") is not None and bool(_starts)
@@ -133,12 +137,112 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
+class _Attention(torch.autograd.Function):
+    """Causal attention as products of QUERIES queries at a time, of which the probabilities are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, p = torch.ops.nanodtf.attend(q, k, v, any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, k, v, y, p)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.nanodtf.attend_backward(grad, *ctx.saved_tensors)
+
+
+def keys_kept(T: int, device: str) -> float:
+    """How many probabilities a query of T tokens leaves for the backward pass, on average."""
+    return sum((b - a) * b for a, b in _blocks(T)) / T if device == "cpu" and T in WRITTEN_OUT else 0
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """(first query, behind the last) of each block; it sees the keys before its end."""
+    return [(a, min(a + QUERIES, T)) for a in range(0, T, QUERIES)]
+
+
+def _by_group(x, n: int):
+    """(B, H, T, hd) → (B, n, H / n, T, hd), what each of n keys is asked by."""
+    return x.unflatten(1, (n, -1))
+
+
+def _attend_shapes(q, k, v, keep: bool):
+    B, H, T, _ = q.shape
+    return torch.empty_like(q), q.new_empty(B * H * sum((b - a) * b for a, b in _blocks(T)) if keep else 0)
+
+
+@torch.autocast("cpu", enabled=False)
+def _attend(q, k, v, keep: bool):
+    """Causal attention: q (B, H, T, hd), k, v (B, n_kv, T, hd) → the like of q, and where `keep`, the probabilities."""
+    (B, _, T, hd), n = q.shape, k.size(1)
+    y, p = _attend_shapes(q, k, v, keep)
+    y_of, q_of, left = _by_group(y, n), _by_group(q, n), p
+    # Scores in float32, as in torch's own kernel.
+    keys = k.float().mul(hd**-0.5).transpose(2, 3).flatten(0, 1)  # (B · n_kv, hd, T)
+    values = v.flatten(0, 1)  # (B · n_kv, T, hd)
+    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    for a, b in _blocks(T):
+        queries = q_of[..., a:b, :].float().reshape(B * n, -1, hd)  # (B · n_kv, group · (b − a), hd)
+        scores = torch.bmm(queries, keys[..., :b]).view(B * n, -1, b - a, b)
+        scores[..., a:].masked_fill_(later[: b - a, : b - a], -torch.inf)
+        found = scores.softmax(-1).to(v.dtype)
+        y_of[..., a:b, :] = torch.bmm(found.view(B * n, -1, b), values[:, :b]).view_as(y_of[..., a:b, :])
+        if keep:
+            left[: found.numel()] = found.flatten()
+            left = left[found.numel() :]
+    return y, p
+
+
+@torch.autocast("cpu", enabled=False)
+def _attend_backward(grad, q, k, v, y, p):
+    """The gradients of q, k and v."""
+    (B, _, T, hd), n = q.shape, k.size(1)
+    grad_q = torch.empty_like(q)
+    of_q, q_of, grad_of = (_by_group(t, n) for t in (grad_q, q, grad))
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B · n_kv, T, hd)
+    grad_k, grad_v = (torch.zeros(B * n, T, hd) for _ in range(2))  # float32
+    along = (grad.float() * y).sum(-1).view(B * n, -1, T, 1)
+    for a, b in _blocks(T):
+        queries, g = (t[..., a:b, :].reshape(B * n, -1, hd) for t in (q_of, grad_of))
+        found, p = p[: g.size(0) * g.size(1) * b].view(B * n, -1, b - a, b), p[g.size(0) * g.size(1) * b :]
+        of_score = torch.bmm(g, values[:, :b].transpose(1, 2)).float().view_as(found)
+        of_score = of_score.sub_(along[:, :, a:b]).mul_(found).mul_(hd**-0.5).to(q.dtype).view(B * n, -1, b)
+        grad_v[:, :b] += torch.bmm(found.view_as(of_score).transpose(1, 2), g)
+        grad_k[:, :b] += torch.bmm(of_score.transpose(1, 2), queries)
+        of_q[..., a:b, :] = torch.bmm(of_score, keys[:, :b]).view_as(of_q[..., a:b, :])
+    return grad_q, *(torch.empty_like(k).copy_(grad.view_as(k)) for grad in (grad_k, grad_v))
+
+
+if FIRST:
+    _library.define("attend(Tensor q, Tensor k, Tensor v, bool keep) -> (Tensor, Tensor)")
+    _library.define(
+        "attend_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor y, Tensor p) -> (Tensor, Tensor, Tensor)"
+    )
+    _library.impl("attend", _attend, "CPU")
+    _library.impl("attend_backward", _attend_backward, "CPU")
+    torch.library.register_fake("nanodtf::attend", _attend_shapes)
+    torch.library.register_fake("nanodtf::attend_backward", lambda *given: tuple(map(torch.empty_like, given[1:4])))
+
+    # The full square, as torch counts attention: two products forward, four backward.
+    @register_flop_formula(torch.ops.nanodtf.attend)
+    def _attend_flops(q_shape, *args, out_shape=None, **kwargs) -> int:
+        return 4 * q_shape.numel() * q_shape[2]
+
+    @register_flop_formula(torch.ops.nanodtf.attend_backward)
+    def _attend_backward_flops(grad_shape, *args, out_shape=None, **kwargs) -> int:
+        return 8 * grad_shape.numel() * grad_shape[2]
+
+
 def attention(q, k, v, mask=None):
     """Attention of grouped queries: q (B, H, Q, hd), k, v (B, n_kv, S, hd) → (B, H, Q, hd). mask None: causal.
 
     On CUDA only the flash kernel takes groups as they are. Where it cannot run, keys and values are repeated for another
     one that is as frugal: torch would keep all H · Q · S scores.
     """
+    if mask is None and q.device.type == "cpu" and q.size(2) in WRITTEN_OUT and not torch.compiler.is_compiling():
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+        if dtype != torch.float64:
+            return _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
     if q.is_cuda and not flash_runs(q, mask):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     if mask is None and lets_the_future_in(q):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from blocks import Precision
+from blocks import Kept
 from optimizer import OPTIMIZER_BYTES
 
 STARTS = itertools.count()  # of groups, in this process
@@ -132,10 +132,11 @@ def clip_grad_norm(parameters, max_norm, device):
 
 def activations(model, batch: int, seq_len: int, dtype: torch.dtype, sharded: bool, checkpointing: bool) -> float:
     """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
-    precision = Precision(dtype.itemsize, dtype.itemsize if sharded else 4)  # autocast leaves the residual stream alone
-    layers = [layer.activations(precision) for layer in model.model.layers]
+    residual = dtype.itemsize if sharded else 4  # autocast leaves the residual stream alone
+    kept = Kept(dtype.itemsize, residual, seq_len, model.head_weight.device.type)
+    layers = [layer.activations(kept) for layer in model.model.layers]
     if checkpointing:
-        return batch * seq_len * (len(layers) * precision.residual * model.config.hidden_size + max(layers))
+        return batch * seq_len * (len(layers) * residual * model.config.hidden_size + max(layers))
     return batch * seq_len * sum(layers)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ARCHITECTURES, needs_compiler, random_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -72,6 +74,45 @@ def test_few_rows_on_a_processor_that_multiplies_them_its_own_way(avx512, monkey
                 assert weight_first == (2 * [rows > 1] if large and (rows == 1 or 5 <= rows <= 16) else []), rows
             else:
                 assert weight_first == (2 * [False] if large and (rows == 1 or 6 <= rows <= 16) else []), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, heads, keys", [(2, 4, 4), (64, 4, 2), (201, 6, 2)])
+def test_attention_written_out(T, heads, keys, dtype, monkeypatch):
+    """Against PyTorch's own in float64: values, gradients and FLOPs; half precision no further from it than PyTorch's."""
+    monkeypatch.setattr(kernels, "WRITTEN_OUT", range(2, 1025))
+    torch.manual_seed(0)
+    given = [torch.randn(3, T, n, 16).to(dtype).transpose(1, 2).requires_grad_() for n in (heads, keys, keys)]
+    direction = torch.randn(3, heads, T, 16).to(dtype)
+
+    def outcome(attention, tensors):
+        with FlopCounterMode(display=False) as counter:
+            y = attention(*tensors)
+            return [y, *torch.autograd.grad(y, tensors, direction.to(y.dtype))], counter.get_total_flops()
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    exact = [t.detach().double().requires_grad_() for t in given]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, flops = outcome(torchs, exact)
+        assert all(map(torch.equal, outcome(kernels.attention, exact)[0], expected)), "float64 stays PyTorch's"
+    (ours, counted), (theirs, _) = outcome(kernels.attention, given), outcome(torchs, given)
+    assert counted == flops
+    for got, own, exactly in zip(ours, theirs, expected, strict=True):
+        assert got.dtype == dtype and got.stride() == own.stride()
+        error, their_error = ((t - exactly).abs().max() / exactly.abs().max() for t in (got, own))
+        assert error < (2e-6 if dtype == torch.float32 else max(0.01, 2 * their_error))
+
+    with torch.no_grad():
+        assert torch.equal(kernels.attention(*given), ours[0])
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(kernels.attention(*(t.float() for t in given)), ours[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in given]
+        y = kernels.attention(*fake)
+        assert [t.shape for t in torch.autograd.grad(y.sum(), fake)] == [t.shape for t in given]
 
 
 @needs_compiler
