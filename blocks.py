@@ -474,12 +474,10 @@ class RoutedBlock(Block):
 
         The causal router is taught to say the same.
         """
-        k, T = routers.capacity_k(self.capacity, x.size(1)), x.size(1)
-        if self.config.selection == "threshold" and ctx.lengths is None:
-            room = math.ceil(min(T, 1.25 * self.capacity * T))
-            decision = self.choose_above_average(score, k, room, ctx.thresholds[self.index])
+        if self.config.selection == "threshold":
+            decision = self.choose_above_average(score, ctx)
         elif ctx.lengths is None:
-            indices, mask = routers.top_k(score, k)
+            indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
             decision = Decision(mask, "top-k score", score, None, indices)
         else:
             mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
@@ -490,20 +488,31 @@ class RoutedBlock(Block):
         notes.stats["causal_accuracy"] = ctx.mean(chosen == mask)
         if self.config.causal_decision == "threshold":
             chosen = score > self.threshold
-            if ctx.lengths is None:
-                kth_score = score.detach().topk(k, dim=1).values[:, -1]  # (B)
-            else:  # each row has its own k
-                kth_score = score.detach().masked_fill(~mask, torch.inf).amin(1)
-            notes.stats["kth_score"] = kth_score.mean()
+            notes.stats["kth_score"] = self.kth_score(score, ctx)
         notes.stats["causal_capacity"] = ctx.mean(chosen)
         return decision
 
-    def choose_above_average(self, score, k: int, room: int, threshold) -> Decision:
-        """The first `room` tokens whose score passes the average k-th highest one, this batch's before there is any."""
-        kth_score = score.detach().topk(k, dim=1).values[:, -1].mean()
-        cut = torch.where(threshold.isnan(), kth_score, threshold)
-        mask, indices, valid = routers.first_of(score > cut, room)
-        return Decision(mask, "average threshold", score, cut, indices, valid)
+    def kth_score(self, score, ctx: Context) -> torch.Tensor:
+        """The k-th highest score of each row, each with its own k where there is padding; their mean."""
+        score = score.detach()
+        if ctx.lengths is None:
+            return score.topk(routers.capacity_k(self.capacity, score.size(1)), dim=1).values[:, -1].mean()
+        mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
+        return score.masked_fill(~mask, torch.inf).amin(1).mean()
+
+    def choose_above_average(self, score, ctx: Context) -> Decision:
+        """The first tokens whose score passes the average k-th highest one, this batch's before there is any: a quarter
+        more than the capacity at most.
+        """
+        threshold = ctx.thresholds[self.index]
+        cut = torch.where(threshold.isnan(), self.kth_score(score, ctx), threshold)
+        room = [math.ceil(min(n, 1.25 * self.capacity * n)) for n in ctx.lengths or [score.size(1)]]
+        if ctx.lengths is None:
+            mask, indices, valid = routers.first_of(score > cut, room[0])
+            return Decision(mask, "average threshold", score, cut, indices, valid)
+        passing = (score > cut) & ctx.real
+        mask = passing & (passing.cumsum(1) <= torch.tensor(room, device=score.device)[:, None])
+        return Decision(mask, "average threshold", score, cut)
 
     def choose_causal(self, x, score, ctx: Context, notes: Notes) -> Decision:
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""

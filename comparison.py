@@ -65,6 +65,22 @@ def per_run(document: dict, value) -> dict[str, dict[int, float]]:
     return table
 
 
+def against(document: dict, reference: str) -> dict[str, dict]:
+    """Its speeds as multiples of those of `reference`, which may not be its own; without those that cannot be."""
+    speeds = document.get("speeds", {})
+    if document.get("reference", reference) == reference:
+        return speeds
+    base = speeds.get(reference, {})
+    return {
+        arm: {
+            name: speed | {"ratio": speed["ratio"] / base[name]["ratio"]}
+            for name, speed in of_arm.items()
+            if name in base
+        }
+        for arm, of_arm in speeds.items()
+    }
+
+
 def losses(document: dict, text: str, routing: str) -> dict[str, dict[int, float]]:
     return per_run(document, lambda run: run["losses"].get(text, {}).get(routing))
 
@@ -134,11 +150,11 @@ def cost_table(document: dict) -> list[list[str]]:
         base = means.get(reference, math.nan)
         cells[head] = {arm: NONE if math.isnan(mean) else si(mean) for arm, mean in means.items()}
         for arm, mean in means.items():
-            if arm != reference and not math.isnan(mean + base):
+            if arm != reference and base and not math.isnan(mean + base):
                 cells[head][arm] += f" ({mean / base:.2f}×)"
 
     add("training, FLOPs", lambda run: run["flops"])
-    add("… a token", lambda run: run["flops"] / run["tokens"])
+    add("… a token", lambda run: run["flops"] / run["tokens"] if run["tokens"] else None)
     selected = per_run(document, lambda run: run["costs"].get("selected") or None)  # of each routed layer
     cells["tokens selected, causal"] = {
         arm: f"{np.mean(list(of_arm.values())):.1%}" if of_arm else NONE for arm, of_arm in selected.items()

@@ -48,14 +48,16 @@ def speeds(reference: tuple, run: tuple) -> dict[str, dict]:
         models[path], x, y = opened(path, settings)
     B, T = x.shape
 
-    def take(measure, tokens, calls):
+    def take(measure, tokens, calls, steps=None):
         times = interleaved(calls, x.device, warmup=1, repeats=ROUNDS - 1)
+        if steps:
+            times = {path: [seconds / steps[path] for seconds in of_path] for path, of_path in times.items()}
         ratios = [theirs / mine for theirs, mine in zip(times[reference[0]], times[run[0]], strict=True)]
         found[measure] = {"tokens_per_s": tokens / statistics.median(times[run[0]]), "ratio": statistics.median(ratios)}
 
     size, given = min(B, run[1]["batch_size"]), {path: settings for path, settings in (reference, run)}
-    steps = {path: training_step(model, given[path], x[:size], y[:size], context) for path, model in models.items()}
-    take("training", size * T, steps)
+    calls = {path: training_steps(model, given[path], x[:size], y[:size], context) for path, model in models.items()}
+    take("training", size * T, calls, {path: len(choices(settings)) for path, settings in given.items()})
     with torch.inference_mode():
         for batch in sorted({1, B}):
             ids, few = x[:batch], max(1, T // 2 // ROUNDS)
@@ -69,18 +71,31 @@ def prefill(model, ids):
     return model.eval()(ids, routing="causal", cache=model.new_cache(*ids.shape))
 
 
-def training_step(model, settings: dict, x, y, context):
-    """A call that does what a step of the run did, on one micro-batch and at rate 0: the weights stay as they are."""
+def choices(settings: dict) -> list:
+    """The capacities that steps of a run are drawn from: None where there is one only."""
+    return settings.get("capacity_choices") or [None]
+
+
+def training_steps(model, settings: dict, x, y, context):
+    """A call that does what steps of the run did, one at each capacity, on one micro-batch and at rate 0: the weights stay
+    as they are.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    parent = settings.get("distill_from")
-    teacher = Transformer.from_pretrained(parent).to(x.device).requires_grad_(False) if parent else None
+    parent, trained = settings.get("distill_from"), model.config.capacity
+    dtype = device_of(settings)[1]
+    teacher = Transformer.from_pretrained(parent, dtype=dtype).to(x.device).requires_grad_(False) if parent else None
 
-    def step():
+    def steps():
         model.train()
-        with context:
-            out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for capacity in choices(settings):
+            if capacity is not None:
+                model.set_capacity(capacity)
+            with context:
+                out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if model.routed:
+            model.set_capacity(trained)
 
-    return step
+    return steps

@@ -39,13 +39,14 @@ def weights_digest(directory: str) -> str:
     return hashlib.sha256(digests).hexdigest()
 
 
-def inject(model, r: int, alpha: float, dropout: float, base: str):
-    """Puts new adapters into a model that was opened from `base` (a directory or a hub id) and freezes everything else but
-    the routed parts. B starts as zero: the model computes what it did. Raises ModelError without peft.
+def inject(model, r: int, alpha: float, dropout: float, base: str, keep_layers: list[int] | None = None):
+    """Puts new adapters into a model that was opened from `base` (a directory or a hub id), of which keep_layers are left
+    (unset: all), and freezes everything else but the routed parts. B starts as zero: the model computes what it did. Raises
+    ModelError without peft.
     """
     name, _, revision = (base, "", "") if os.path.isdir(base) else base.partition("@")
     adapt(model, r=r, lora_alpha=alpha, lora_dropout=dropout, base_model_name_or_path=name, revision=revision or None)
-    model.base_digest = weights_digest(find_model(base))
+    model.base_digest, model.kept_of_base = weights_digest(find_model(base)), keep_layers
 
 
 def adapt(model, **settings):
@@ -88,11 +89,16 @@ def save(model, directory: str, state: dict[str, torch.Tensor]):
             with replacing(os.path.join(directory, file)) as temporary:
                 save_file(tensors, temporary, metadata={"base_sha256": model.base_digest})
     settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    if model.kept_of_base:
+        settings["keep_layers"] = model.kept_of_base
     write_whole(os.path.join(directory, CONFIG), settings)
 
 
-def read_settings(directory: str) -> tuple[dict, str]:
-    """peft's settings of an adapter that `save` wrote, and the base it belongs to. Raises ModelError."""
+def read_settings(directory: str) -> tuple[dict, str, list[int] | None]:
+    """peft's settings of an adapter that `save` wrote, the base it belongs to, and its layers that are left (None: all).
+
+    Raises ModelError.
+    """
     keys = ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path", "revision")
     try:
         with open(os.path.join(directory, CONFIG), encoding="utf-8") as f:
@@ -104,22 +110,23 @@ def read_settings(directory: str) -> tuple[dict, str]:
         targets = None
     if targets != TARGETS:
         raise ModelError(f"{directory}: {CONFIG} is not one that this program wrote: merge the adapter with peft first")
-    return settings, base
+    return settings, base, stored.get("keep_layers")
 
 
 def load(directory: str, open_base):
-    """The model of a directory that `save` wrote: its base, as open_base(name) gives it, and what was trained on it.
+    """The model of a directory that `save` wrote: its base, as open_base(name, keep_layers) gives it, and what was trained
+    on it.
 
     Raises ModelError where the base cannot be found or has changed, or a tensor is missing, unknown or of another shape.
     """
     from safetensors import safe_open
 
-    settings, base = read_settings(directory)
+    settings, base, keep_layers = read_settings(directory)
     try:
-        model = open_base(base)
+        model = open_base(base, keep_layers)
     except ModelError as error:
         raise ModelError(f"{directory} holds an adapter, not its base: {error}") from None
-    initialized = model.initialized
+    initialized, model.kept_of_base = model.initialized, keep_layers
     adapt(model, **settings)
     state = own_state(model)
     files = {}  # {file: {the name there: tensor}}
@@ -146,4 +153,4 @@ def merge(model):
         if hasattr(layer, "get_base_layer"):  # peft's; not imported, or whoever opens a copy of this file needs it
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
-    del model.peft_config, model.base_digest
+    del model.peft_config, model.base_digest, model.kept_of_base

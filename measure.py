@@ -35,7 +35,9 @@ def decode_speeds(models: dict, prompt: torch.Tensor, n: int = 64, rounds: int =
     """{name: tokens/s} of greedy decoding at batch 1 behind `prompt` (T): medians, the models taking turns."""
     device = next(iter(models.values())).head_weight.device
     ids = prompt[None].to(device)
-    runs = {name: partial(model.generate, ids, n) for name, model in models.items()}
+    runs = {
+        name: partial(model.generate, ids, n, stop_ids=()) for name, model in models.items()
+    }  # all n, whatever they say
     times = interleaved(runs, device, warmup=1, repeats=rounds)
     return {name: n / statistics.median(seconds) for name, seconds in times.items()}
 
@@ -63,8 +65,11 @@ def calibrate(model: Transformer, ids: torch.Tensor, capacity: float, batch_size
     for layer in model.routed:
         if model.config.causal_decision == "threshold":
             layer.threshold.nan_to_num_()  # where no training has set it there are no margins
-        parts = [model.model(part, "causal")[1][layer.index].decision.margin for part in ids.split(batch_size)]
-        margins = torch.cat(parts).flatten().sort().values
+        margins = []
+        for part in ids.split(batch_size):  # through the whole model, which alone gathers what is sharded
+            out = model(part, part, routing="causal", return_masks=True)
+            margins.append(out.tokens[layer.index]["margin"])
+        margins = torch.cat(margins).flatten().sort().values
         skipped = round((1 - capacity) * len(margins))
         below = margins[skipped - 1] if skipped else margins[0] - 16  # all, also of other text
         above = margins[min(skipped, len(margins) - 1)]

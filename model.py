@@ -541,7 +541,8 @@ class Transformer(Generation, nn.Module):
     ) -> "Transformer":
         """Opens a Qwen2 checkpoint or one of ours; `architecture=` converts a dense one, whose routed parts start new.
 
-        keep_layers: the blocks that stay, by their number there; the others are dropped for good. shard: a function that shards the model, still without memory, and gives it memory: only this rank's rows are read.
+        keep_layers: the blocks that stay, by their number there; the others are dropped for good. shard: a function that
+        shards the model, still without memory, and gives it memory: only this rank's rows are read.
         `loaded` and `initialized` on the result name the tensors of either kind. Beside the model itself, 16 MB of the
         files are in memory at a time. Raises ModelError for a model of another type or shape, unknown or missing tensors,
         and pickled weights.
@@ -560,7 +561,9 @@ class Transformer(Generation, nn.Module):
         if lora.is_adapter(directory):
             if shard is not None:
                 raise ModelError(f"{directory} is a LoRA adapter, which cannot be sharded: leave parallel=fsdp out")
-            return lora.load(directory, lambda base: cls.from_pretrained(base, dtype, **asdict(config)))
+            return lora.load(
+                directory, lambda base, keep: cls.from_pretrained(base, dtype, keep_layers=keep, **asdict(config))
+            )
         with torch.device("meta"):
             model = cls(config).to_dtype(dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

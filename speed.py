@@ -80,19 +80,20 @@ def speed(cfg, models: dict[str, Transformer], device, dtype) -> dict:
 
 
 class Peer(torch.nn.Module):
-    """transformers' Qwen2 with sdpa attention and the weights of our dense model, behind our model's interface."""
+    """transformers' model with sdpa attention and the weights of our dense model, behind our model's interface."""
 
     def __init__(self, dense: Transformer):
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         super().__init__()
         config = {name: value for name, value in dense.config.to_dict().items() if name != "architecture"}
-        self.qwen2 = Qwen2ForCausalLM(Qwen2Config(**config, attn_implementation="sdpa"))
-        self.qwen2.load_state_dict(dense.state_dict() | {"lm_head.weight": dense.head_weight})
-        self.__dict__["run"] = self.qwen2  # no second child
+        config = AutoConfig.for_model(**config)
+        self.theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self.theirs.load_state_dict(dense.state_dict() | {"lm_head.weight": dense.head_weight})
+        self.__dict__["run"] = self.theirs  # no second child
 
     def compile_trunk(self):
-        self.__dict__["run"] = torch.compile(self.qwen2)
+        self.__dict__["run"] = torch.compile(self.theirs)
 
     def to_dtype(self, dtype):
         return self.to(dtype)
@@ -100,7 +101,7 @@ class Peer(torch.nn.Module):
     def new_cache(self, batch, limit):
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.qwen2.config)
+        return DynamicCache(config=self.theirs.config)
 
     def forward(self, input_ids, targets=None, routing="topk", cache=None, return_masks=False):
         if targets is not None:

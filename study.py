@@ -293,6 +293,19 @@ def to_do(cfg: StudyConfig, run: Run) -> bool:
     return not run.finished or (run.model.exists() and bool(unjudged(cfg, run) or not run.kept("costs.json")))
 
 
+def done_with(cfg: StudyConfig, runs: list[Run]) -> list[Run]:
+    """The runs of which nothing is left to do: only they go into results, which a run's folder may not outlive."""
+    return [run for run in runs if run.recorded or not to_do(cfg, run)]
+
+
+def attempt(cfg: StudyConfig, run: Run, children: Children) -> str | None:
+    """`complete`, for which a disk that is full or a model that cannot be opened is this run's trouble alone."""
+    try:
+        return complete(cfg, run, children)
+    except Exception as e:  # noqa: BLE001, whatever it is, the other runs go on
+        return f"{type(e).__name__}: {first_line(e)}"
+
+
 def complete(cfg: StudyConfig, run: Run, children: Children) -> str | None:
     """Trains, judges and counts what is still to be done of a run. Returns what went wrong, the last line of its log."""
     if children.signal:
@@ -326,17 +339,20 @@ def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
     """Scores a final model on a text under both routings, by bench.py; its losses go to judge.json."""
     seq_len, found = run.settings["seq_len"], run.folder / "bench.json"
     found.unlink(missing_ok=True)
+    # Of a folder's sources: their losses are weighed as the text is.
+    sources = read_manifest(text)["sources"] if Path(text).is_dir() else {}
+    sizes = {name: source["val"]["tokens"] for name, source in sources.items() if source["val"]["tokens"]} or {text: 1}
     # Each window is asked for its second half, the first for all.
-    windows = max(1, cfg.judge_tokens // max(1, seq_len // 2) - 1)
+    windows = max(1, cfg.judge_tokens // len(sizes) // max(1, seq_len // 2) - 1)
     keys = {"tasks": "perplexity", "model_path": run.model, "text": text, "output_path": found, "limit": windows}
     keys |= {"seq_len": seq_len, "batch_size": 8, "device": run.settings.get("device", "auto"), "dtype": "float32"}
     children.call(run.name, ["bench.py", *(f"--{key}={value}" for key, value in keys.items())], log)
     if not found.exists():
         return
     rows, losses = json.loads(found.read_text())["perplexity"], {}
-    for routing in {row["routing"] for row in rows}:  # a folder has a row for each source
-        mine = [row for row in rows if row["routing"] == routing]
-        losses[routing] = sum(row["loss"] * row["tokens"] for row in mine) / sum(row["tokens"] for row in mine)
+    for routing in {row["routing"] for row in rows}:
+        mine = {row["text"]: row["loss"] for row in rows if row["routing"] == routing}
+        losses[routing] = sum(sizes[name] * loss for name, loss in mine.items()) / sum(sizes.values())
     losses = {"topk": losses["causal"], "limit": cfg.judge_tokens} | losses  # dense: the two are one
     write_whole(run.folder / "judge.json", run.kept("judge.json") | {text: losses})
     found.unlink()
@@ -371,7 +387,7 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
     waiting, children = [run for run in asked if to_do(cfg, run)], Children(cfg.threads)
     torch.set_num_threads(cfg.threads)
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        futures = {pool.submit(complete, cfg, run, children): run for run in waiting}
+        futures = {pool.submit(attempt, cfg, run, children): run for run in waiting}
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=2, return_when="FIRST_COMPLETED")
@@ -379,8 +395,8 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
                 if why := future.result():
                     failed[futures[future].name] = why
                     say(f"{futures[future].name} failed, see {futures[future].log}: {why}")
-                if finished := [run for run in runs if run.finished]:  # whatever becomes of this machine
-                    comparison.write(document_of(cfg, finished), cfg.results)
+                if complete_ones := done_with(cfg, runs):  # whatever becomes of this machine
+                    comparison.write(document_of(cfg, complete_ones), cfg.results)
             if (done and not children.signal) or terminal or time.monotonic() > said + 60:
                 said, line = time.monotonic(), progress(runs, list(children.running), cfg.jobs)
                 print(f"\r\x1b[K{line[:150]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
@@ -416,7 +432,7 @@ def measure(cfg: StudyConfig, finished: list[Run]):
 # The report
 
 
-def record(cfg: StudyConfig, run: Run) -> dict:
+def record(run: Run) -> dict:
     """What the results keep of a finished run; see comparison.py."""
     if not run.model.exists():
         return run.recorded
@@ -439,14 +455,16 @@ def record(cfg: StudyConfig, run: Run) -> dict:
 def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
     before = reported(cfg)
+    others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
     kept = {run.arm: run.kept("speed.json") for run in reversed(finished) if run.model.exists()}
-    measured = {arm: speed for arm, speed in kept.items() if speed}
+    measured = {
+        arm: speed for arm, speed in kept.items() if speed.get("reference", "").rpartition("-")[0] == cfg.reference
+    }
     document = {"reference": cfg.reference, "axis": cfg.axis, "judge_tokens": cfg.judge_tokens}
-    document["speeds"] = {run.arm: before.get("speeds", {}).get(run.arm, {}) for run in finished}
+    document["speeds"] = comparison.against(before, cfg.reference)  # also of arms that the config no longer has
     document["speeds"] |= {arm: speed["speeds"] for arm, speed in measured.items()}
     document["measured_on"] = before.get("measured_on", {}) | {arm: speed["where"] for arm, speed in measured.items()}
-    others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
-    return document | {"runs": [record(cfg, run) for run in finished] + others}
+    return document | {"runs": [record(run) for run in finished] + others}
 
 
 def main(argv: list[str]):
@@ -455,7 +473,7 @@ def main(argv: list[str]):
     runs = plan(cfg)
     refuse_changed(cfg, runs)
     failed = {} if cfg.report else execute(cfg, runs)
-    finished = [run for run in runs if run.finished]
+    finished = [run for run in runs if run.finished] if cfg.report else done_with(cfg, runs)
     if not cfg.report:
         measure(cfg, finished)
     if finished:

@@ -461,8 +461,12 @@ class Run:
             self.model.set_capacity(now)
         if str(now) not in self.costs:
             cost = self.model.flops_per_token(cfg.seq_len, training=True)
-            if self.teacher:  # its forward pass, and the student's head a second time
-                cost += self.teacher.flops_per_token(cfg.seq_len) + 6.0 * config.hidden_size * config.vocab_size
+            if (
+                self.teacher
+            ):  # its forward pass, and the student's head a second time: forward, gradients of states and weight
+                products = 2 + self.model.head_weight.requires_grad
+                cost += self.teacher.flops_per_token(cfg.seq_len)
+                cost += 2.0 * products * config.hidden_size * config.vocab_size
             self.costs[str(now)] = cost
         self.flops_per_token = self.costs[str(now)]
 
@@ -647,7 +651,7 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     if fit and "skip" in counts:
         start_guesses(cfg, model, data, parent, device)
     if cfg.lora:
-        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from)
+        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from, keep)
     return model
 
 
@@ -696,6 +700,11 @@ def check_fit(cfg, model_cfg, data, ranks, routes=True):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
     if routes and cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
         found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
+    if len(set(cfg.capacity_choices)) == 1 and model_cfg.capacity not in cfg.capacity_choices:
+        cure = "set both alike, or capacity_choices= to none"
+        found.append(
+            f"capacity={model_cfg.capacity} is not what capacity_choices={cfg.capacity_choices} trains: {cure}"
+        )
     if model_cfg.selection == "threshold" and (cfg.capacity_start is not None or len(set(cfg.capacity_choices)) > 1):
         key = "capacity_choices" if cfg.capacity_choices else "capacity_start"
         found.append(f"selection='threshold' keeps one average score, {key} wants one for each capacity: drop either")

@@ -6,6 +6,7 @@ They are what a model has where nothing is set.
 """
 
 capacity = 0.5
+capacity_choices = []  # nothing is calibrated
 routed_layers = None  # every second one, from 1
 routed_part = "block"
 kv = "selected"

@@ -180,6 +180,23 @@ def test_a_run_writes_its_adapter_and_leaves_the_base(run, data, start, tmp_path
     assert re.search(rf"lora +{counts[1]:,} parameters, rate 0.03", err)
 
 
+def test_adapters_beside_some_of_the_layers(data, start, tmp_path):
+    """What is saved, in a step too, names the layers of the base that are left."""
+    keys = [*arguments(data, start, architecture="dense", max_steps=5), "--keep_layers=0,2"]
+    train.main([*keys, f"--out_dir={tmp_path / 'run'}"])
+    model, ids = Transformer.from_pretrained(tmp_path / "run" / "final_model"), random_ids(2, SEQ_LEN, vocab=VOCAB)
+    assert model.config.num_hidden_layers == 2 and model.lora_rank
+    base = Transformer.from_pretrained(start / "dense", keep_layers=[0, 2])
+    assert torch.equal(model.model.layers[1].mlp.up_proj.base_layer.weight, base.model.layers[1].mlp.up_proj.weight)
+    checkpoint.main(["merge", str(tmp_path / "run" / "final_model"), str(tmp_path / "merged")])
+    merged = Transformer.from_pretrained(tmp_path / "merged")
+    assert relative_error(merged(ids).logits, model(ids).logits) < 1e-5
+    assert relative_error(base(ids).logits, model(ids).logits) > 1e-3
+    resumed = cut_back(tmp_path / "run", tmp_path / "resumed", 4)
+    train.main([f"--resume={resumed}"])
+    assert without_clock(resumed) == without_clock(tmp_path / "run")
+
+
 def test_a_merged_model_has_the_capacity_that_was_reached(data, start, tmp_path):
     """Also where the run was complete, its model lost, and it is written anew."""
     keys = ["--lora_merge", "--capacity_start=1.0", "--capacity_anneal_steps=4", f"--out_dir={tmp_path}"]

@@ -193,6 +193,24 @@ def test_selection_by_the_average_threshold_is_causal_in_training(variant, devic
     properties.test_generate_equals_the_uncached_causal_forward(variant, "threshold", device)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_average_threshold_is_the_same_for_padded_rows(known):
+    """What a row selects does not depend on the rows beside it, nor how many of those that pass it has room for."""
+    model, ids = small_model("mod", selection="threshold", causal_decision="threshold"), random_ids(3, 40)
+    for layer in model.routed:
+        layer.threshold.fill_(0.0 if known else torch.nan)
+    lengths = [40, 23, 40] if known else [40, 31, 12]
+    hidden, notes = model.model(ids, "topk", lengths)
+    masks = {i: notes[i].decision.mask for i in model.config.routed_layers}
+    for row, n in enumerate(lengths) if known else ():
+        alone, noted = model.model(ids[row : row + 1, :n], "topk")
+        for i, mask in masks.items():
+            assert torch.equal(mask[row, :n], noted[i].decision.mask[0]) and not mask[row, n:].any()
+            assert mask[row].sum() <= 1.25 * 0.5 * n + 1
+        assert relative_error(hidden[row, :n], alone[0]) <= 1e-5
+    assert all(0 < mask[:, 12:].sum() and notes[i].decision.rule == "average threshold" for i, mask in masks.items())
+
+
 def test_controls_select_their_exact_share_by_position_alone():
     T, ids = 256, random_ids(2, 256)
     for router in ("random", "positional"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,42 @@ def test_without_speeds_the_picture_is_over_flops():
     (ax,) = comparison.picture(document).axes
     marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
     assert ax.get_title(loc="left") == "Decoding, batch 1" and marks == [(1.5, 3.4)]
+
+
+def test_speeds_follow_the_reference(folder, finished, tmp_path):
+    """Those of an earlier report as multiples of another arm's, or not at all; also of arms that the config has lost."""
+    of = {"dense": 1.0, "half": 1.1, "drop": 1.3}
+    document = {"reference": "dense"}
+    document["speeds"] = {arm: {"decode1": {"tokens_per_s": 10 * r, "ratio": r}} for arm, r in of.items()}
+    assert comparison.against(document, "dense") == document["speeds"]
+    ratios = {arm: speeds["decode1"]["ratio"] for arm, speeds in comparison.against(document, "drop").items()}
+    assert ratios == {"dense": 1 / 1.3, "half": 1.1 / 1.3, "drop": 1.0}
+    assert comparison.against(document, "another") == {"dense": {}, "half": {}, "drop": {}}
+    assert run(folder, "--report") == 0
+    before = json.loads((folder / "r.json").read_text())
+    lost = before["runs"][-1] | {"arm": "lost"}
+    document = before | {
+        "runs": [*before["runs"], lost],
+        "speeds": before["speeds"] | {"lost": before["speeds"]["half"]},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    elsewhere = [f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    assert run(folder, "--report", *elsewhere) == 0
+    after = json.loads((tmp_path / "r.json").read_text())
+    assert after["speeds"] == document["speeds"] and len(after["runs"]) == 5
+
+
+def test_a_run_that_cannot_be_counted_fails_alone_and_is_not_called_finished(folder, finished, tmp_path, capsys):
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    for run_ in ("dense-1", "half-2"):
+        (tmp_path / "runs" / run_ / "costs.json").unlink()
+    (tmp_path / "runs" / "half-2" / "final_model" / "config.json").write_text("{")
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    assert run(folder, *elsewhere, "--speed=false", "--only=dense,half") == 1
+    assert "half-2 failed: ModelError: " in capsys.readouterr().err
+    known = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert [(each["arm"], each["seed"]) for each in known] == [("dense", 1), ("half", 1), ("dense", 2)]
+    assert all(each["costs"] for each in known)
 
 
 def test_a_log_that_another_process_writes_is_waited_for(folder, finished):

@@ -394,6 +394,25 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
 
 
+def test_a_capacity_that_no_step_would_train_is_refused(data, tmp_path):
+    keys = [*common(data), "--architecture=mod", "--capacity_choices=0.25", "--max_steps=1", f"--out_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"capacity=0.5 is not what capacity_choices=\[0.25\] trains: set both alike"):
+        train.main(keys)
+    train.main([*keys, "--capacity_choices="])
+    assert Transformer.from_pretrained(tmp_path / "final_model").config.calibrated is None
+
+
+@pytest.mark.parametrize("name", ["mod_05b", "dtf_05b", "stt_05b"])
+def test_the_papers_settings_stand_behind_those_of_a_conversion(name):
+    """All that a routed model may vary is as where nothing is set."""
+    sets = train.configure(train.__doc__, [f"config/{name}.py", "config/paper.py"], train.TrainConfig, ModelConfig)
+    train_set, model_set = sets
+    assert not train_set["capacity_choices"]
+    shape = {"vocab_size": 97, "num_hidden_layers": 6}
+    given = {key: value for key, value in model_set.items() if key != "routed_share"}
+    assert ModelConfig(**shape | given) == ModelConfig(**shape, architecture=given["architecture"])
+
+
 @pytest.mark.parametrize("keys", [["--architecture=mod", "--causal_decision=threshold"], ["--architecture=stt"]])
 def test_one_model_has_many_capacities(keys, data, tmp_path):
     """Another capacity each step, the same after a stop; at the end each of them selects its share, from one file."""
@@ -1022,6 +1041,13 @@ def test_distillation(data, start, tmp_path, capsys):
     flops = student.flops_per_token(SEQ_LEN, training=True) + teacher.flops_per_token(SEQ_LEN)
     head = 6 * student.config.hidden_size * student.config.vocab_size
     assert line["flops"] == pytest.approx((flops + head) * line["tokens"])
+    train.main([*keys, "--lora", "--max_steps=1", f"--out_dir={tmp_path / 'lora'}"])
+    cheaper = metrics(tmp_path / "lora")[1]
+    student = Transformer.from_pretrained(tmp_path / "lora" / "final_model").train()
+    flops = student.flops_per_token(SEQ_LEN, training=True) + teacher.flops_per_token(SEQ_LEN)
+    assert cheaper["flops"] == pytest.approx(
+        (flops + head * 2 / 3) * cheaper["tokens"]
+    )  # a frozen head has no gradient
     near = tmp_path / "near"
     train.main([*keys, "--distill_weight=50", f"--out_dir={near}"])
     assert metrics(near)[-1]["distill_loss"] < 0.8 * metrics(run)[-1]["distill_loss"]
