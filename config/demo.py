@@ -15,7 +15,8 @@ batch_size = 4
 max_steps = 576
 eval_interval = 144
 eval_batches = 16
-save_interval = 0
+save_interval = 144
+dtype = "float32"  # the same figures on every machine
 
 lr_base = 2e-3
 lr_prior = 2e-3
