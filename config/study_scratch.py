@@ -1,4 +1,4 @@
-"""Does routing pay from scratch? Ten kinds of model of the demo's size at equal FLOPs, three seeds each.
+"""Does routing pay from scratch? Eleven kinds of model of the demo's size at equal FLOPs, three seeds each.
 
     python prepare.py --input='.venv/lib/**/*.py' --out_dir=data/packages     Python packages that are installed anyway
     python study.py config/study_rates.py --jobs=2                     the rates below: the best of each architecture
@@ -45,6 +45,7 @@ arms = {
     "dtf_0.5": _dtf | {"capacity": 0.5},
     "stt_0.5": _stt | {"capacity": 0.5},
     "stt_dense_output": _stt | {"capacity": 0.5, "stt_output": "dense"},
+    "random_0.125": _mod | {"capacity": 0.125, "router": "random"},
     "random": _mod | {"capacity": 0.5, "router": "random"},
     "positional": _mod | {"capacity": 0.5, "router": "positional"},
 }
