@@ -342,6 +342,7 @@ class Run:
             bench.check(eval_argv(cfg))
         self.cfg, self.out_dir, self.sharded = cfg, Path(cfg.out_dir), cfg.parallel == "fsdp"
         self.device, self.dtype = pick_device(cfg.device, cfg.dtype, local_rank(), world())
+        cfg.dtype = str(self.dtype).removeprefix("torch.")  # "auto" is decided once: a resumed run goes on in its format
         if self.sharded and not dist.is_initialized():
             raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
         self.data, self.val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
@@ -435,7 +436,7 @@ class Run:
         epochs = cfg.max_steps * per_step / data.tokens
         say(f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {per_step:,} read {epochs:.2f} epochs")
         sharded = ", sharded" if self.sharded else ""
-        say(f"{self.device}, {world()} rank(s){sharded}, {str(self.dtype).removeprefix('torch.')}")
+        say(f"{self.device}, {world()} rank(s){sharded}, {self.cfg.dtype}")
         parts = parallel.memory(model, cfg, world(), self.micro_steps, self.dtype)
         if self.teacher:
             parts["teacher"] = sum(p.nbytes for p in self.teacher.parameters())

@@ -858,6 +858,18 @@ def test_what_a_device_takes_of_number_formats(monkeypatch):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_run_goes_on_in_the_format_that_it_began_in(data, tmp_path, monkeypatch, capsys):
+    """Whatever is the fastest where, or in the version that, it is resumed."""
+    keys = [*common(data), "--architecture=mod", "--max_steps=2", "--save_interval=1", f"--out_dir={tmp_path}"]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(device, "fastest_dtype", lambda kind: "bfloat16")
+        train.main(keys)
+    resumed = cut_back(tmp_path, tmp_path.with_name("resumed"), 1)
+    train.main([f"--resume={resumed}"])
+    assert capsys.readouterr().err.count("cpu, 1 rank(s), bfloat16") == 2
+    assert_same_run(tmp_path, resumed)
+
+
 def test_ranks_must_divide_the_accumulation(data):
     val = TokenData(data, "val", SEQ_LEN)
     with pytest.raises(ConfigError, match="grad_accum_steps=6 cannot be divided over 4 ranks: use 8"):
