@@ -342,7 +342,9 @@ class Run:
             bench.check(eval_argv(cfg))
         self.cfg, self.out_dir, self.sharded = cfg, Path(cfg.out_dir), cfg.parallel == "fsdp"
         self.device, self.dtype = pick_device(cfg.device, cfg.dtype, local_rank(), world())
-        cfg.dtype = str(self.dtype).removeprefix("torch.")  # "auto" is decided once: a resumed run goes on in its format
+        cfg.dtype = str(self.dtype).removeprefix(
+            "torch."
+        )  # "auto" is decided once: a resumed run goes on in its format
         if self.sharded and not dist.is_initialized():
             raise ConfigError("parallel=fsdp divides a model over ranks: start it with torchrun, or set --parallel=ddp")
         self.data, self.val = (TokenData(cfg.data_dir, split, cfg.seq_len, seed=cfg.seed) for split in ("train", "val"))
