@@ -1,4 +1,4 @@
-"""The rate of each architecture for config/study_scratch.py: the same four for all, a fifth of the FLOPs, one seed.
+"""The rate of each kind of model for config/study_scratch.py: the same four for all, a fifth of the FLOPs, one seed.
 
     python study.py config/study_rates.py --jobs=2
 
@@ -27,6 +27,10 @@ arms = {
     f"{architecture}_{rate:g}": {"architecture": architecture, "lr_base": rate, "lr_prior": rate}
     for architecture in ("dense", "mod", "dtf", "stt")
     for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+}
+arms |= {  # fewer blocks, as in config/study_scratch.py
+    f"dense_short_{rate:g}": arms[f"dense_{rate:g}"] | {"num_hidden_layers": 4, "intermediate_size": 402}
+    for rate in (2e-3, 4e-3, 8e-3)
 }
 seeds = [1]
 reference = "dense_0.002"

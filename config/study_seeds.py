@@ -2,7 +2,7 @@
 
     python study.py config/study_seeds.py --judge=held_out.txt --jobs=2
 
-The arms that are _taught learn from dense's own first run, which knows the text: run dense with seed 1 before them, and then
+drop_taught learns from dense's own first run, which knows the text: run dense with seed 1 before it, and then
 cp -r out/study_seeds/dense-1/final_model out/adapted.
 
 A learned choice is brought to its capacity at the end (capacity_choices): the causal student of an eighth of the tokens
@@ -27,7 +27,7 @@ arms = {name: _screening["arms"][name] for name in _names}
 arms |= {name: arms[name] | {"capacity_choices": [0.125]} for name in ("mod_eighth", "mod_eighth_linear")}
 arms |= {f"{name}_slow": keys | {"lr_base": 1e-4} for name, keys in arms.items()}
 arms |= {f"{name}_distilled": arms[name] | {"distill_from": "out/smollm2"} for name in ("dense", "drop", "mod_eighth")}
-arms |= {f"{name}_taught": arms[name] | {"distill_from": "out/adapted"} for name in ("dense", "drop", "mod_eighth")}
+arms["drop_taught"] = arms["drop"] | {"distill_from": "out/adapted"}
 # More speeds, and what each means is worth to mod_eighth.
 _mod = arms["mod_eighth"]
 arms["drop_four"] = {"architecture": "dense", "keep_layers": [i for i in range(30) if i not in (4, 5, 14, 17)]}
