@@ -1,4 +1,4 @@
-"""Does routing pay from scratch? Eleven kinds of model of the demo's size at equal FLOPs, three seeds each.
+"""Does routing pay from scratch? Twelve kinds of model of the demo's size at equal FLOPs, three seeds each.
 
     python prepare.py --input='.venv/lib/**/*.py' --out_dir=data/packages     Python packages that are installed anyway
     python study.py config/study_rates.py --jobs=2                     the rates below: the best of each architecture
@@ -39,6 +39,7 @@ arms = {
     "dense": _dense,
     # 9.6 MFLOPs a token in training, 3.2 at inference: what mod at capacity 0.5 takes
     "dense_short": _dense | {"num_hidden_layers": 4, "intermediate_size": 402},
+    "dense_shorter": _dense | {"num_hidden_layers": 3, "intermediate_size": 416},  # 8.1 and 2.7: mod at capacity 0.125
     "mod_0.125": _mod | {"capacity": 0.125, "capacity_choices": [0.125]},  # calibrated to it at the end
     "mod_0.5": _mod | {"capacity": 0.5},
     "mod_gate": _mod | {"capacity": 1.0},  # every token enters every block: what the gate alone is worth
