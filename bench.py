@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
+import lora
 from architectures import ARCHITECTURES
 from configurator import Amount, Count, cli, configure, problems
 from device import Dtype, device_name, pick_device
@@ -150,7 +151,10 @@ def costs(cfg: BenchConfig, model, model_set: dict, device, dtype) -> tuple[dict
     if "flops" in cfg.tasks:
         document["flops"] = flops_table({name: variant(shape, name) for name in names}, cfg.seq_len)
     if "speed" in cfg.tasks:
-        models = speed_models(cfg, shape, names, copy.deepcopy(model), device)
+        trained = copy.deepcopy(model)
+        if trained and trained.lora_rank:
+            lora.merge(trained)
+        models = speed_models(cfg, shape, names, trained, device)
         document["speed"] = speed(cfg, models, device, dtype) | {"model": shape.to_dict()}
         if baseline:
             slower = regressions(document["speed"], document, baseline)

@@ -161,12 +161,11 @@ class TokenData:
                 f"{data_dir}: the {split} split has {most:,} tokens, too few for seq_len={seq_len}, which needs "
                 f"{seq_len + 1:,}: lower seq_len or prepare more text"
             )
-        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.files = [
-            [np.memmap(self.data_dir / file["name"], dtype, "r") for file in sources[name][split]["files"]]
-            for name in self.names
-        ]
-        self.ends = [np.cumsum([len(file) for file in files]) for files in self.files]
+            sources[name][split]["files"] for name in self.names
+        ]  # opened for a moment: there may be thousands
+        self.ends = [np.cumsum([file["tokens"] for file in files]) for files in self.files]
         self.blocks = np.array([(ends[-1] - 1) // seq_len for ends in self.ends])
 
         if split == "val":
@@ -209,7 +208,8 @@ class TokenData:
             file = int(np.searchsorted(self.ends[source], begin, side="right"))
             begin -= int(self.ends[source][file - 1]) if file else 0  # within the file
             while filled < len(row):  # a block may run over the end of a file
-                piece = self.files[source][file][begin : begin + len(row) - filled]
+                path, offset = self.data_dir / self.files[source][file]["name"], begin * self.dtype.itemsize
+                piece = np.fromfile(path, self.dtype, len(row) - filled, offset=offset)
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 file, begin = file + 1, 0

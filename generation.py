@@ -45,13 +45,13 @@ class Generation:
 
     @torch.no_grad()
     def generate(
-        self, input_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=None, lengths=None, pad_id=0
+        self, input_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), lengths=None, pad_id=0
     ) -> torch.Tensor:
         """Continues each row under causal routing: (B, T) → (B, T + max_new_tokens).
 
         Row r of the result is its prompt (lengths[r] ids of the right-padded input), its new ids right behind, then
-        pad_id; a row that meets a stop id ends there, the id included: those that end a text by the model's own files,
-        unless others are given, () for none. temperature 0 is greedy; top_k and top_p cut the distribution before sampling.
+        pad_id; a row that meets a stop id ends there, the id included. config.ends are those that end a text by the model's
+        own files. temperature 0 is greedy; top_k and top_p cut the distribution before sampling.
         Raises ModelError where T + max_new_tokens passes max_position_embeddings.
         """
         B, T = input_ids.shape
@@ -66,7 +66,6 @@ class Generation:
         result = input_ids.new_full((B, T + max_new_tokens), pad_id)
         kept = routers.valid_mask(ends, T, input_ids.device)
         result[:, :T] = torch.where(kept, input_ids, pad_id)
-        stop_ids = self.config.ends if stop_ids is None else stop_ids
         stops = torch.tensor(list(stop_ids), device=input_ids.device, dtype=input_ids.dtype)
         cache = self.new_cache(B, T + max_new_tokens)
         finished = torch.zeros(B, dtype=torch.bool, device=input_ids.device)

@@ -26,6 +26,8 @@ def cross_entropy(logits, targets, losses, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
+    counts = target >= 0
+    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)  # now: the last loop writes over it
     highest, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -33,8 +35,6 @@ def cross_entropy(logits, targets, losses, V, BLOCK: tl.constexpr):
         before, highest = highest, tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), 0)
     log_sum = highest + tl.log(total)
-    counts = target >= 0
-    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(counts, log_sum - at_target, 0.0))
     for start in range(0, V, BLOCK):
         word = start + tl.arange(0, BLOCK)

@@ -43,13 +43,15 @@ def lm_eval_model(model: Transformer, tokenizer, routing: str, batch_size: int):
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows
 
-    longest = model.config.max_position_embeddings
+    longest, start = model.config.max_position_embeddings, tokenizer.id_to_token(tokenizer.start)
 
     class NanoDTF(TemplateLM):
         eot_token_id, prefix_token_id = tokenizer.ends[0], tokenizer.start
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return tokenizer.encode(string, add_special_tokens=False).ids
+            if add_special_tokens is None:  # as in HFLM: what the tokenizer puts before a text, but not twice
+                add_special_tokens = not string.startswith(start)
+            return tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False):
             pairs = [((context + targets)[-longest - 1 : -1], targets) for _, context, targets in requests]
@@ -88,7 +90,7 @@ def generate_all(model: Transformer, tokenizer, contexts: list, settings: list[d
         sampling["temperature"] = setting.get("temperature", 0.0)
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
-            prompts = [contexts[n][-room:] for n in batch]
+            prompts = [contexts[n][-room:] or [tokenizer.start] for n in batch]
             for n, ids in zip(batch, continue_until(model, tokenizer, prompts, limit, stops, sampling), strict=True):
                 texts[n] = postprocess_generated_text(tokenizer.decode(ids), stops, None)
             bar.update(len(batch))
@@ -107,7 +109,8 @@ def continue_until(model: Transformer, tokenizer, prompts: list, limit: int, sto
     for done in range(0, limit, PIECE):
         ids, lengths = padded([prompts[row] + new[row] for row in live], device)
         count = min(PIECE, limit - done)
-        out = model.generate(ids, count, lengths=lengths, pad_id=tokenizer.ends[0], **sampling).tolist()
+        known = {"lengths": lengths, "stop_ids": tokenizer.ends, "pad_id": tokenizer.ends[0]}
+        out = model.generate(ids, count, **known, **sampling).tolist()
         for row, sequence, length in zip(live, out, lengths, strict=True):
             new[row] += sequence[length : length + count]
         texts = {row: tokenizer.decode(new[row]) for row in live if not ends & {*new[row]}}

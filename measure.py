@@ -35,9 +35,7 @@ def decode_speeds(models: dict, prompt: torch.Tensor, n: int = 64, rounds: int =
     """{name: tokens/s} of greedy decoding at batch 1 behind `prompt` (T): medians, the models taking turns."""
     device = next(iter(models.values())).head_weight.device
     ids = prompt[None].to(device)
-    runs = {
-        name: partial(model.generate, ids, n, stop_ids=()) for name, model in models.items()
-    }  # all n, whatever they say
+    runs = {name: partial(model.generate, ids, n) for name, model in models.items()}
     times = interleaved(runs, device, warmup=1, repeats=rounds)
     return {name: n / statistics.median(seconds) for name, seconds in times.items()}
 

@@ -247,11 +247,12 @@ def find_tokenizer(name):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
+        hub_id, _, revision = str(name).partition("@")
         try:
-            path = Path(hf_hub_download(str(name), "tokenizer.json"))
+            path = Path(hf_hub_download(hub_id, "tokenizer.json", revision=revision or None))
             for other in (*TOKENIZER_FILES[1:], "config.json", "generation_config.json"):
                 with suppress(EntryNotFoundError):  # each may be missing
-                    hf_hub_download(str(name), other)
+                    hf_hub_download(hub_id, other, revision=revision or None)
         except Exception as e:  # noqa: BLE001, whatever the hub, the network or the name did
             missing = f"tokenizer {str(name)!r}: no tokenizer.json in such a folder or on the hub"
             raise DataError(f"{missing}: {first_line(e)}") from None

@@ -176,7 +176,7 @@ def generate(model, tokenizer, cfg: SampleConfig) -> tuple[int, list[torch.Tenso
     if cfg.chat:
         prompt = chat_prompt(cfg.model_path, cfg.prompt)
     else:
-        prompt = encode(model, tokenizer, cfg.prompt)
+        prompt = encode(model, tokenizer, cfg.prompt, begins=True)
     sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": cfg.top_p}
     start = time.perf_counter()
     sequences = continuations(model, prompt, cfg.max_new_tokens, cfg.num_samples, **sampling)

@@ -37,7 +37,7 @@ SLOWER = 1.05  # times what it was in a baseline
 def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
     """`shape` as another architecture; what only routed layers have, one without them drops."""
     if architecture not in ROUTED:
-        changes |= {"capacity": ModelConfig.capacity, "router": ModelConfig.router}
+        changes |= {"capacity": ModelConfig.capacity, "router": ModelConfig.router, "calibrated": None}
     return replace(shape, architecture=architecture, **changes)
 
 
@@ -394,7 +394,8 @@ def by_component(model: Transformer, by_module: dict[str, dict]) -> dict[str, fl
     for i, layer in enumerate(model.model.layers):
         path = f"Transformer.model.layers.{i}"
         operations = by_module.get(f"{path}.self_attn", {})
-        products = sum(flops for operation, flops in operations.items() if "bmm" in str(operation))
+        attending = ("bmm", "attend")  # PyTorch's; written out in kernels.py
+        products = sum(n for operation, n in operations.items() if any(name in str(operation) for name in attending))
         attention, mlp = sum(operations.values()), total.get(f"{path}.mlp", 0)
         priors = sum(total.get(f"{path}.{part}", 0) for part, group in layer.parts.items() if group == "prior")
         components["attention, projections"] += attention - products

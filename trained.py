@@ -45,6 +45,7 @@ def open_model(path: str, device="cpu"):
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing narrower)
         raise ModelError(f"{tokenizer_path} is no tokenizer: {error}") from None
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text, as in training
+    tokenizer.no_truncation(), tokenizer.no_padding()  # which some hold for the batches of their own training
     tokenizer.start, tokenizer.ends = start_and_ends(tokenizer_path)
     model.config.eos_token_id = tokenizer.ends
     return model.to(device), tokenizer
@@ -60,10 +61,13 @@ def read_text(path: str) -> str:
         raise ConfigError(f"text={path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
 
 
-def encode(model, tokenizer, text: str) -> torch.Tensor:
-    """Text → its ids (T), on the CPU; an empty text is the token that starts one."""
+def encode(model, tokenizer, text: str, begins=False) -> torch.Tensor:
+    """Text → its ids (T), on the CPU; an empty text is the token that starts one.
+
+    begins: behind what the tokenizer puts before a text (Llama 3's does), as transformers has it in a prompt.
+    """
     try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = tokenizer.encode(text, add_special_tokens=begins).ids
     except TypeError:
         raise ConfigError(f"the text {text[:40]!r} is not valid UTF-8") from None
     ids = ids or [tokenizer.start]
@@ -124,7 +128,7 @@ def continuations(model, prompt: torch.Tensor, n: int, count: int = 1, **samplin
     sampling: temperature, top_k, top_p of `Transformer.generate`.
     """
     prompts = prompt.to(model.head_weight.device).expand(count, -1)
-    ids = model.generate(prompts, n, **sampling)  # (count, T + n)
+    ids = model.generate(prompts, n, stop_ids=model.config.ends, **sampling)  # (count, T + n)
     sequences = []
     for row in ids.cpu():
         new = row[len(prompt) :].tolist()

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -16,6 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import kernels
+import lora
+import trained
 from errors import ConfigError, DataError, ModelError
 from files import write_whole
 from harness import find_tasks, lm_eval_model
@@ -182,6 +186,42 @@ def test_scores_and_generations_equal_hflm(folders, tokenizer):
     expected = ask(theirs)
     assert any(expected[2])
     assert_same(ask(ours), expected, 1e-4)
+
+
+def test_a_tokenizer_that_begins_every_text_and_one_that_cuts_it(folders, tokenizer, tmp_path):
+    """As Llama 3's, whose post-processor puts a token before a text; and as many a fine-tune's, saved with truncation."""
+    from tokenizers import Tokenizer, processors
+
+    beginning = Tokenizer.from_str(tokenizer.to_str())
+    beginning.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)]
+    )
+    theirs = hflm(folders["dense"], beginning)
+    beginning.start, beginning.ends = 1, ENDS
+    ours = our_lm(Transformer.from_pretrained(folders["dense"]), beginning)
+    assert ours.tok_encode("def") == [1, *tokenizer.encode("def").ids] == theirs.tok_encode("def")
+    expected = ask(theirs)
+    assert_same(ask(ours), expected, 1e-4)
+    assert expected[0] != ask(hflm(folders["dense"], tokenizer))[0]
+
+    shutil.copytree(folders["dense"], tmp_path / "model")
+    beginning.enable_truncation(16)
+    beginning.enable_padding(length=64)
+    beginning.save(str(tmp_path / "model" / "tokenizer.json"))
+    model, opened = trained.open_model(str(tmp_path / "model"))
+    whole = tokenizer.encode(TEXT[:300]).ids
+    assert trained.encode(model, opened, TEXT[:300]).tolist() == whole and len(whole) > 64
+    assert trained.encode(model, opened, TEXT[:300], begins=True).tolist() == [1, *whole]
+    assert trained.encode(model, opened, "", begins=True).tolist() == [1]
+
+
+def test_an_empty_context_is_continued_from_the_token_that_starts_a_text(folders, tokenizer):
+    model = Transformer.from_pretrained(folders["dense"])
+    ours, how = our_lm(model, tokenizer), {"until": ["zzz"], "max_gen_toks": 9, "do_sample": False}
+    empty, short = ours.generate_until(requests_of(("", how), (TEXT[:9], how)))
+    new = model.generate(torch.tensor([[tokenizer.start]]), 9, stop_ids=ENDS, pad_id=ENDS[0])[0, 1:].tolist()
+    assert empty == tokenizer.decode(new)
+    assert short == ours.generate_until(requests_of((TEXT[:9], how)))[0]
 
 
 def test_a_greedy_continuation_is_recognised(folders, tokenizer):
@@ -413,6 +453,33 @@ def test_the_peer_is_our_dense_model():
             steps += [either(ids[:, t : t + 1], routing="causal", cache=cache) for t in range(20, 30)]
             logits.append(torch.cat([step.logits for step in steps], 1))
         assert logits[0].shape == (2, 11, 97) and relative_error(logits[1], logits[0]) < 1e-5
+
+
+def test_speed_of_models_that_were_calibrated_adapted_or_of_another_family(tmp_path, tokenizer, capsys):
+    options = ["--measure=forward", "--repeats=1", "--warmup=0", "--batch_size=1", "--seq_len=16"]
+    small = {"vocab_size": VOCAB, "num_hidden_layers": 3}
+    calibrated = small_model("mod", capacity=0.25, calibrated={"0.25": [0.1], "0.75": [-0.1]}, **small)
+    for name, model in (("calibrated", calibrated), ("llama", small_model("dense", model_type="llama", **small))):
+        model.save_pretrained(str(tmp_path / name))
+    base = small_model("dense", **small)
+    base.save_pretrained(str(tmp_path / "base"))
+    lora.inject(base, r=2, alpha=4, dropout=0.0, base=str(tmp_path / "base"))
+    base.save_pretrained(str(tmp_path / "lora"))
+    for name in ("calibrated", "llama", "lora"):
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        write_whole(tmp_path / name / "tokenizer_config.json", NAMES)
+        document, _, _ = run(capsys, f"--model_path={tmp_path / name}", *options)
+        variants = [row["variant"] for row in document["speed"]["rows"]]
+        assert variants == ["transformers", "dense"] + ["mod"] * (name == "calibrated")
+
+
+def test_attention_is_counted_as_such_where_it_is_written_out(monkeypatch):
+    shape = ModelConfig("dense", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    components = []
+    for written_out in (range(0), range(2, 200)):
+        monkeypatch.setattr(kernels, "WRITTEN_OUT", written_out)
+        components.append(count_flops(shape, 128))
+    assert components[0] == components[1] and components[1][0]["attention, products"] > 0
 
 
 def test_speed_suite(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def make(folder, sources, dtype="uint16", vocab_size=4096):
 def two(tmp_path):
     tokens = make(tmp_path, {"big": (3.0, [100, 7, 1, 393], [90]), "small": (1.0, [210], [31, 30])})
     return tmp_path, tokens
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list what is open")
+def test_many_files_are_not_held_open(tmp_path):
+    make(tmp_path, {"many": (1.0, [7] * 300, [5] * 300)})
+    before = len(os.listdir("/proc/self/fd"))
+    splits = [TokenData(tmp_path, split, seq_len=10) for split in ("train", "val")]
+    assert all(len(split.batch(0, 20)[0]) == 20 for split in splits)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 def test_an_epoch_of_a_source_has_each_block_once_and_the_next_another_order(two):

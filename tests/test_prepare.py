@@ -545,3 +545,20 @@ def test_help_lists_every_key():
     assert done.returncode == 0 and all(f"--{key}=" in done.stdout for key in keys.split())
     for line in re.findall(r"^  --\w+=.*", done.stdout, re.MULTILINE):
         assert re.search(r"\S  +\S", line), f"no meaning: {line}"
+
+
+def test_a_tokenizer_of_one_revision(tmp_path, monkeypatch):
+    """As train.py names the model that the text is to be prepared for: user/name@revision."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo_id, filename, revision=None):
+        asked.append((repo_id, revision))
+        (tmp_path / filename).write_text("{}")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert prepare.find_tokenizer("user/name@v2") == tmp_path / "tokenizer.json" and {*asked} == {("user/name", "v2")}
+    asked.clear()
+    assert prepare.find_tokenizer("user/name") == tmp_path / "tokenizer.json" and {*asked} == {("user/name", None)}

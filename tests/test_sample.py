@@ -124,7 +124,7 @@ def test_generation_stops_where_the_files_say_that_a_text_ends(tmp_path):
 
     prompt = torch.arange(100, 108).expand(30, -1)
     torch.manual_seed(2)
-    rows = model.generate(prompt, 40, temperature=1.0, pad_id=1)[:, 8:].tolist()
+    rows = model.generate(prompt, 40, temperature=1.0, stop_ids=model.config.ends, pad_id=1)[:, 8:].tolist()
     stopped = 0
     for row in rows:
         at = next((t for t, token in enumerate(row) if token in ends), len(row))
@@ -132,8 +132,11 @@ def test_generation_stops_where_the_files_say_that_a_text_ends(tmp_path):
         stopped += at < len(row)
     assert stopped > 10
     torch.manual_seed(2)
-    free = model.generate(prompt, 40, temperature=1.0, stop_ids=())[:, 8:].tolist()
-    assert any(token in ends for row in free for token in row[:-1])  # () is none: rows go on behind an end
+    free = model.generate(prompt, 40, temperature=1.0)[:, 8:].tolist()
+    assert any(token in ends for row in free for token in row[:-1])  # unasked nothing stops a row
+    torch.manual_seed(2)
+    for row in trained.continuations(model, prompt[0], 40, count=30, temperature=1.0):
+        assert not {*row[8:-1].tolist()} & {*ends}
 
 
 def test_a_chat_is_the_template_around_the_prompt_and_only_the_reply_is_printed(tmp_path, monkeypatch, capsys):
