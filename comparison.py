@@ -92,14 +92,18 @@ def texts(document: dict) -> list[str]:
     )
 
 
-def seconds(document: dict, run: dict, point: dict) -> float:
-    """Training time up to a point of a curve: by the speeds that were measured side by side, of every arm, else by the
-    run's own clock.
+def untimed(document: dict) -> list[str]:
+    """The arms whose speed in training was not measured side by side with the others'. A run's own clock is of its machine
+    and of what ran beside it, and says nothing.
     """
-    speeds = {each["arm"]: document["speeds"].get(each["arm"], {}).get("training") for each in document["runs"]}
-    if not (all(speeds.values()) and document["reference"] in speeds):
-        return point["seconds"]
-    return point["tokens"] / (speeds[document["reference"]]["tokens_per_s"] * speeds[run["arm"]]["ratio"])
+    arms = dict.fromkeys([document["reference"], *(run["arm"] for run in document["runs"])])
+    return [arm for arm in arms if "training" not in document["speeds"].get(arm, {})]
+
+
+def seconds(document: dict, run: dict, point: dict) -> float:
+    """Training time up to a point of a curve, by speeds that were measured side by side: of documents without `untimed`."""
+    base, own = (document["speeds"][arm]["training"] for arm in (document["reference"], run["arm"]))
+    return point["tokens"] / (base["tokens_per_s"] * own["ratio"])
 
 
 def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
@@ -134,7 +138,7 @@ def loss_table(document: dict) -> list[list[str]]:
         add(f"{text}, causal", losses(document, text, "causal"))
         topk = losses(document, text, "topk")
         cells[f"{text}, top-k"] = {arm: spread(of_arm.values()) for arm, of_arm in topk.items()}
-    if document["axis"] == "training":
+    if document["axis"] == "training" and not untimed(document):
         time, values = at_equal_time(document)
         add(f"validation at {time:,.0f} s", values)
     return columns("loss", list(validation), cells)
@@ -194,6 +198,8 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
         arms = dict.fromkeys(run["arm"] for run in document["runs"])
         if (missing := [arm for arm in arms if arm not in measured]) and document["axis"] == "inference":
             notes += f" Not measured, and not in the picture: {', '.join(missing)}."
+    if document["axis"] == "training" and (arms := untimed(document)):
+        notes += f"\nNo losses at equal time: speeds in training were not measured side by side of {', '.join(arms)}."
     parts = ["\n".join(markdown_table(table)) for table in tables]
     parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
     write_whole(os.path.splitext(results)[0] + ".md", "\n\n".join(parts))
@@ -214,7 +220,7 @@ def picture(document: dict):
 
     with matplotlib.rc_context(STYLE):
         if document["axis"] == "training":
-            fig = Figure(figsize=(12, 4.6), layout="constrained")
+            fig = Figure(figsize=(6.5 if untimed(document) else 12, 4.6), layout="constrained")
             draw_training(fig, document)
         else:
             fig = Figure(layout="constrained")
@@ -232,21 +238,27 @@ def looks(document: dict) -> dict[str, dict]:
 
 
 def draw_training(fig, document: dict):
-    """The validation curve of every run, its end marked; beside them the means of an arm's final losses and times."""
+    """The validation curve of every run over FLOPs, and over time where that is known, its end marked; beside them the means
+    of an arm's final losses and times.
+    """
     look_of, final = looks(document), losses(document, "validation", "causal")
-    times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]))
     late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
     margin = 0.05 * (max(late) - min(late)) + 0.005
-    flops, time = fig.subplots(1, 2, sharey=True)
-    flops.set(ylim=(min(late) - margin, max(late) + margin), xlabel="training FLOPs")
-    time.set(xlabel="measured training time in seconds")
-    for run in document["runs"]:
-        look = look_of[run["arm"]]
-        for ax, x in ((flops, lambda point: point["flops"]), (time, partial(seconds, document, run))):
-            points = [(x(point), point["causal"]) for point in run["curve"]]
+    panels = [("training FLOPs", lambda run, point: point["flops"], final, "{:.3f}")]
+    if not untimed(document):
+        times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]))
+        panels.append(
+            ("training time in seconds, by speeds measured in turns", partial(seconds, document), times, "{:,.0f} s")
+        )
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes[0].set_ylim(min(late) - margin, max(late) + margin)
+    for ax, (label, x, values, form) in zip(axes, panels, strict=True):
+        ax.set(xlabel=label)
+        for run in document["runs"]:
+            look = look_of[run["arm"]]
+            points = [(x(run, point), point["causal"]) for point in run["curve"]]
             ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.6)
             ax.plot(*points[-1], **look, markersize=4.5, clip_on=False)
-    for ax, values, form in ((flops, final, "{:.3f}"), (time, times, "{:,.0f} s")):
         means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in look_of}
         ends = [
             (statistics.fmean(final[arm].values()), f"{MARKS[look['marker']]} {arm} {means[arm]}", look["color"])

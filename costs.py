@@ -3,15 +3,19 @@
 A run is given as its model directory and its settings, {key of train.py: value}.
 """
 
+import json
 import statistics
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from data import TokenData
+from data import TokenData, read_manifest
 from device import autocast, pick_device
 from measure import Decoder, cached, interleaved
-from model import Transformer
+from model import SIZES, ModelConfig, Transformer
+from weights import find_model
 
 ROUNDS = 8  # of every measurement, the first does not count
 
@@ -21,12 +25,26 @@ def device_of(settings: dict):
     return pick_device(settings.get("device", "auto"), settings.get("dtype", "auto"))
 
 
+def config_of(settings: dict) -> ModelConfig:
+    """The model that a run with these settings trains."""
+    given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
+    if settings["init_from"] == "scratch":
+        known = SIZES.get(settings["size"], {}) | given
+        vocab_size = {} if "vocab_size" in known else {"vocab_size": read_manifest(settings["data_dir"])["vocab_size"]}
+        return ModelConfig.preset(settings["size"], **vocab_size | given)
+    parent = json.loads((Path(find_model(settings["init_from"])) / "config.json").read_text())
+    return ModelConfig.from_dict(parent, **given)
+
+
 def opened(path, settings: dict):
-    """The model, and 8 sequences of the run's validation text: ids and targets, (B, T) each."""
+    """The model, of random weights where path is None, and 8 sequences of the run's validation text: ids and targets, (B, T)
+    each.
+    """
     device, _ = device_of(settings)
     data = TokenData(settings["data_dir"], "val", settings["seq_len"])
     x, y = data.batch(0, min(8, len(data)))
-    return Transformer.from_pretrained(path).to(device).eval(), x.to(device), y.to(device)
+    model = Transformer(config_of(settings)) if path is None else Transformer.from_pretrained(path)
+    return model.to(device).eval(), x.to(device), y.to(device)
 
 
 def of_inference(path, settings: dict) -> dict:
@@ -37,32 +55,36 @@ def of_inference(path, settings: dict) -> dict:
     return {"flops_per_token": flops, "kv_bytes": kv_bytes, "selected": list(selected.values())}
 
 
-def speeds(reference: tuple, run: tuple) -> dict[str, dict]:
-    """{measure: {tokens_per_s, ratio}} of a run in training, prefill and decoding at batch 1 and 8.
+def speeds(runs: dict[str, tuple], reference: str, name: str) -> dict[str, dict]:
+    """{measure: {tokens_per_s, ratio}} of a run in training, prefill and decoding at batch 1 and 8; where there is no trained
+    model, in training alone.
 
-    ratio: how many times as fast as the reference, the median over rounds; both are (path, settings), and may be one.
+    runs: {name: (path or None, settings)}, of the two. ratio: how many times as fast as the reference, the median over rounds.
     """
-    context = autocast(*device_of(run[1]))
+    given, trained = {each: runs[each][1] for each in (reference, name)}, all(path for path, _ in runs.values())
+    context = autocast(*device_of(given[name]))
     models, found = {}, {}
-    for path, settings in (reference, run):
-        models[path], x, y = opened(path, settings)
+    for each, settings in given.items():
+        models[each], x, y = opened(runs[each][0] if trained else None, settings)
     B, T = x.shape
 
     def take(measure, tokens, calls, steps=None):
         times = interleaved(calls, x.device, warmup=1, repeats=ROUNDS - 1)
         if steps:
-            times = {path: [seconds / steps[path] for seconds in of_path] for path, of_path in times.items()}
-        ratios = [theirs / mine for theirs, mine in zip(times[reference[0]], times[run[0]], strict=True)]
-        found[measure] = {"tokens_per_s": tokens / statistics.median(times[run[0]]), "ratio": statistics.median(ratios)}
+            times = {each: [seconds / steps[each] for seconds in of_each] for each, of_each in times.items()}
+        ratios = [theirs / mine for theirs, mine in zip(times[reference], times[name], strict=True)]
+        found[measure] = {"tokens_per_s": tokens / statistics.median(times[name]), "ratio": statistics.median(ratios)}
 
-    size, given = min(B, run[1]["batch_size"]), {path: settings for path, settings in (reference, run)}
-    calls = {path: training_steps(model, given[path], x[:size], y[:size], context) for path, model in models.items()}
-    take("training", size * T, calls, {path: len(choices(settings)) for path, settings in given.items()})
+    size = min(B, given[name]["batch_size"])
+    calls = {each: training_steps(model, given[each], x[:size], y[:size], context) for each, model in models.items()}
+    take("training", size * T, calls, {each: len(choices(settings)) for each, settings in given.items()})
+    if not trained:
+        return found
     with torch.inference_mode():
         for batch in sorted({1, B}):
             ids, few = x[:batch], max(1, T // 2 // ROUNDS)
-            take(f"prefill{batch}", batch * T, {path: partial(prefill, model, ids) for path, model in models.items()})
-            decoders = {path: Decoder(model, ids, T // 2, few) for path, model in models.items()}
+            take(f"prefill{batch}", batch * T, {each: partial(prefill, model, ids) for each, model in models.items()})
+            decoders = {each: Decoder(model, ids, T // 2, few) for each, model in models.items()}
             take(f"decode{batch}", batch * few, decoders)
     return found
 

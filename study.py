@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -38,10 +38,9 @@ from data import read_manifest
 from device import device_name
 from errors import ConfigError, UserError, first_line
 from files import sha256, write_whole
-from model import SIZES, ModelConfig, Transformer
+from model import Transformer
 from parallel import say
 from publish import git_revision
-from weights import find_model
 
 ROOT = Path(__file__).parent
 OURS = ("out_dir", "seed", "resume")  # keys of train.py that a study sets itself
@@ -190,14 +189,7 @@ def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     unclear += ["capacity_choices"] if len(set(settings.get("capacity_choices", []))) > 1 else []
     if unclear or steps_are_given:
         raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
-    given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
-    if settings["init_from"] == "scratch":
-        known = SIZES.get(settings["size"], {}) | given
-        vocab_size = {} if "vocab_size" in known else {"vocab_size": read_manifest(settings["data_dir"])["vocab_size"]}
-        config = ModelConfig.preset(settings["size"], **vocab_size | given)
-    else:
-        parent = json.loads((Path(find_model(settings["init_from"])) / "config.json").read_text())
-        config = ModelConfig.from_dict(parent, **given)
+    config = costs.config_of(settings)
     with torch.device("meta"):
         per_token = Transformer(config).flops_per_token(settings["seq_len"], training=True)
     step = per_token * settings["batch_size"] * settings["grad_accum_steps"] * settings["seq_len"]
@@ -414,17 +406,25 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
 
 
 def measure(cfg: StudyConfig, finished: list[Run]):
-    """The speeds of each arm that are not measured yet, by its first run whose model is here."""
+    """The speeds of each arm that are not measured yet, by its first run whose model is here. What a step of training takes
+    needs no trained model.
+    """
     torch.set_num_threads(cfg.threads)
-    first = {run.arm: run for run in reversed(finished) if run.model.exists()}
-    for run in first.values() if cfg.speed and cfg.reference in first else ():
-        reference, kept = first[cfg.reference], run.kept("speed.json")
+    first = {run.arm: run for run in reversed(finished)} | {
+        run.arm: run for run in reversed(finished) if run.model.exists()
+    }
+    reference = first.get(cfg.reference)
+    for run in first.values() if cfg.speed and reference else ():
+        here = {each.name: (each.model if each.model.exists() else None, each.settings) for each in (reference, run)}
+        if cfg.axis == "inference" and not all(model for model, _ in here.values()):
+            continue
         processor = device_name(costs.device_of(run.settings)[0])
         where = f"{processor}, {cfg.threads} threads, torch {torch.__version__}"
         about = {"reference": reference.name, "where": where}
-        if about | {"speeds": None} != kept | {"speeds": None}:
+        if about | {"speeds": None} != run.kept("speed.json") | {"speeds": None}:
             say(f"speed of {run.name}")
-            found = costs.speeds((reference.model, reference.settings), (run.model, run.settings))
+            found = costs.speeds(here, reference.name, run.name)
+            run.folder.mkdir(parents=True, exist_ok=True)
             write_whole(run.folder / "speed.json", about | {"speeds": found})
 
 
@@ -456,7 +456,7 @@ def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
     before = reported(cfg)
     others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
-    kept = {run.arm: run.kept("speed.json") for run in reversed(finished) if run.model.exists()}
+    kept = {run.arm: speed for run in reversed(finished) if (speed := run.kept("speed.json"))}
     measured = {
         arm: speed for arm, speed in kept.items() if speed.get("reference", "").rpartition("-")[0] == cfg.reference
     }

@@ -245,6 +245,28 @@ def test_speeds_follow_the_reference(folder, finished, tmp_path):
     assert after["speeds"] == document["speeds"] and len(after["runs"]) == 5
 
 
+def test_times_are_compared_where_they_were_measured_side_by_side(folder, finished, tmp_path, capsys):
+    """Of runs that other machines have made too: a step needs no trained model. Else no losses at equal time."""
+    assert run(folder, "--report") == 0
+    capsys.readouterr()
+    before = json.loads((folder / "r.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps(before | {"speeds": {}, "measured_on": {}}))
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    assert run(folder, *elsewhere, "--report") == 0
+    printed = capsys.readouterr().out
+    assert "side by side of dense, half." in printed and "validation at " not in printed
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert len(comparison.picture(document).axes) == 1
+    assert run(folder, *elsewhere, "--only=dense,half") == 0
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert document["speeds"]["dense"] == {"training": document["speeds"]["dense"]["training"] | {"ratio": 1.0}}
+    assert set(document["speeds"]["half"]) == {"training"} and not list(tmp_path.glob("runs/*/final_model"))
+    assert "validation at " in capsys.readouterr().out and len(comparison.picture(document).axes) == 2
+    run_, rate = document["runs"][-1], document["speeds"]["dense"]["training"]["tokens_per_s"]
+    ratio = document["speeds"][run_["arm"]]["training"]["ratio"]
+    assert comparison.seconds(document, run_, run_["curve"][-1]) == pytest.approx(run_["tokens"] / (rate * ratio))
+
+
 def test_a_run_that_cannot_be_counted_fails_alone_and_is_not_called_finished(folder, finished, tmp_path, capsys):
     shutil.copytree(folder / "runs", tmp_path / "runs")
     for run_ in ("dense-1", "half-2"):
