@@ -36,7 +36,7 @@ import costs
 from configurator import Count, cli, configure, problems
 from data import read_manifest
 from device import device_name
-from errors import ConfigError, UserError, first_line
+from errors import ConfigError, DataError, UserError, first_line
 from files import sha256, write_whole
 from model import Transformer
 from parallel import say
@@ -139,19 +139,25 @@ class Run:
 
 def plan(cfg: StudyConfig) -> list[Run]:
     """What is finished and what is to be run, every arm with the first seed, then with the next. Raises ConfigError."""
-    base, keys_of, found = {}, {}, []
+    recorded = {(run["arm"], run["seed"]): run for run in reported(cfg).get("runs", [])}
+    steps_of = {arm: run["settings"]["max_steps"] for (arm, _), run in recorded.items()}
+    base, keys_of, found = {}, {}, {}
     for path in cfg.configs:
         base |= {name: value for name, value in read_config(path).items() if name not in OURS}
     for arm, own in cfg.arms.items():
         keys_of[arm] = keys = cfg.common | own
+        if "flops" not in keys:
+            continue
         try:
-            if "flops" in keys:
-                keys["max_steps"] = steps_for(keys.pop("flops"), "max_steps" in keys, DEFAULTS | base | keys)
+            keys["max_steps"] = steps_for(keys.pop("flops"), "max_steps" in keys, DEFAULTS | base | keys)
+        except DataError as e:
+            if not cfg.report:  # which needs no data
+                found.setdefault(str(e), []).append(arm)
+            keys["max_steps"] = steps_of.get(arm, 0)
         except UserError as e:
-            found.append(f"arm {arm}: {e}")
+            found.setdefault(str(e), []).append(arm)
     if found:
-        raise ConfigError("; ".join(found))
-    recorded = {(run["arm"], run["seed"]): run for run in reported(cfg).get("runs", [])}
+        raise ConfigError("; ".join(f"arm {', '.join(arms)}: {error}" for error, arms in found.items()))
     runs = []
     for seed in dict.fromkeys([*cfg.seeds, *(seed for _, seed in recorded)]):
         for arm, keys in keys_of.items():

@@ -141,9 +141,20 @@ def test_flops_give_totals_within_one_percent(folder, finished):
     assert tokens["half"] > tokens["dense"]
 
 
+def test_a_report_needs_no_data_and_what_all_arms_lack_is_said_once(folder, finished, tmp_path, capsys):
+    assert run(folder, "--report") == 0
+    (tmp_path / "r.json").write_text((folder / "r.json").read_text().replace(str(folder / "data"), "gone"))
+    settings = str(RUN | SHAPE | {"data_dir": "gone"})
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    assert run(folder, *elsewhere, "--report", "--common", settings) == 0
+    assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 4
+    with pytest.raises(ConfigError, match="arm dense, half.*: gone is no data folder"):
+        run(folder, *elsewhere, "--common", settings)
+
+
 def test_flops_that_no_number_of_steps_spends_are_refused(folder):
     common = str(RUN | SHAPE | {"flops": 3e7})
-    with pytest.raises(ConfigError, match=r"arm dense: flops=3e\+07 are .* steps.*; arm half: flops=3e\+07"):
+    with pytest.raises(ConfigError, match=r"arm dense, broken: flops=3e\+07 are .* steps.*; arm half: flops=3e\+07"):
         run(folder, "--common", common)
     with pytest.raises(ConfigError, match="flops and max_steps do not go together"):
         run(folder, "--common", str(RUN | {"max_steps": 3}))
