@@ -97,7 +97,7 @@ class TrainConfig:
     grad_clip: NonNegative = 1.0  # largest norm of the gradient (0: no clipping)
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: Amount = 0  # steps until the annealed capacity reaches its value
-    capacity_choices: list[Capacity] = field(default_factory=list)  # one model, many capacities: one drawn each step
+    capacity_choices: list[Capacity] = field(default_factory=list)  # many: one drawn each step; one: calibrated to
     distill_from: str = ""  # dense parent to distil from: a directory or a hub id (weight of its loss: distill_weight)
     lora: bool = False  # freeze the weights of init_from and train adapters beside them, and all routed parts (lora.py)
     lora_r: Count = 16  # rank of the adapters
@@ -361,6 +361,13 @@ class Run:
         if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
             model.config.calibrated = None
         self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
+        self.choices = cfg.capacity_choices
+        if (
+            len(set(self.choices)) == 1
+        ):  # to be calibrated to: what is asked for, behind a config that names another too
+            self.choices = [self.model_config["capacity"]]
+            if self.choices != cfg.capacity_choices:
+                say(f"note: capacity={self.choices[0]} goes before capacity_choices={cfg.capacity_choices}")
         self.teacher = open_teacher(cfg, model.config, self.device, self.dtype)
         model.train()
         if not self.sharded:
@@ -456,8 +463,8 @@ class Run:
         """The capacity of this step, where it is annealed or drawn; and what a token then costs."""
         cfg, config = self.cfg, self.model.config
         now, end = config.capacity, self.model_config["capacity"]
-        if cfg.capacity_choices:
-            now = drawn(cfg.capacity_choices, cfg.seed, self.progress.step)
+        if self.choices:
+            now = drawn(self.choices, cfg.seed, self.progress.step)
         if cfg.capacity_start is not None:
             now = annealed(self.progress.step, cfg.capacity_start, end, cfg.capacity_anneal_steps)
         if now != config.capacity:
@@ -474,13 +481,13 @@ class Run:
         self.flops_per_token = self.costs[str(now)]
 
     def calibrate(self):
-        """Where the causal decision of each routed layer selects each of capacity_choices, on some training text."""
+        """Where the causal decision of each routed layer selects each of its choices, on some training text."""
         cfg, end = self.cfg, self.model_config["capacity"]
-        if not cfg.capacity_choices:
+        if not self.choices:
             return
         ids, found = self.data.batch(0, -(-CALIBRATING // cfg.seq_len))[0].to(self.device), {}
         self.model.eval()
-        for capacity in sorted({end, *cfg.capacity_choices}):
+        for capacity in sorted({end, *self.choices}):
             self.model.set_capacity(capacity)
             with autocast(self.device, self.dtype):
                 calibrate(self.model, ids, capacity, cfg.batch_size)
@@ -513,7 +520,7 @@ class Run:
     def validate(self) -> dict:
         """The validation metrics; every rank calls it."""
         progress = self.progress
-        if self.cfg.capacity_choices:
+        if self.choices:
             self.model.set_capacity(self.model_config["capacity"])
         topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.dtype)
         if math.isfinite(topk):
@@ -703,11 +710,6 @@ def check_fit(cfg, model_cfg, data, ranks, routes=True):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
     if routes and cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
         found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
-    if len(set(cfg.capacity_choices)) == 1 and model_cfg.capacity not in cfg.capacity_choices:
-        cure = "set both alike, or capacity_choices= to none"
-        found.append(
-            f"capacity={model_cfg.capacity} is not what capacity_choices={cfg.capacity_choices} trains: {cure}"
-        )
     if model_cfg.selection == "threshold" and (cfg.capacity_start is not None or len(set(cfg.capacity_choices)) > 1):
         key = "capacity_choices" if cfg.capacity_choices else "capacity_start"
         found.append(f"selection='threshold' keeps one average score, {key} wants one for each capacity: drop either")

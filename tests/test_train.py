@@ -394,12 +394,20 @@ def test_a_step_that_is_not_finite_changes_nothing(what, data, start, tmp_path, 
     assert lines[9]["val/loss"] < lines[0]["val/loss"]
 
 
-def test_a_capacity_that_no_step_would_train_is_refused(data, tmp_path):
-    keys = [*common(data), "--architecture=mod", "--capacity_choices=0.25", "--max_steps=1", f"--out_dir={tmp_path}"]
-    with pytest.raises(ConfigError, match=r"capacity=0.5 is not what capacity_choices=\[0.25\] trains: set both alike"):
-        train.main(keys)
-    train.main([*keys, "--capacity_choices="])
-    assert Transformer.from_pretrained(tmp_path / "final_model").config.calibrated is None
+def test_the_capacity_that_is_asked_for_goes_before_a_single_choice(data, tmp_path, capsys):
+    """Behind a config that calibrates to an eighth, say: that capacity is trained and calibrated to, also after a stop."""
+    keys = [*common(data), "--architecture=mod", "--capacity_choices=0.25", "--save_interval=1"]
+    train.main([*keys, "--max_steps=2", f"--out_dir={tmp_path / 'run'}"])
+    assert "note: capacity=0.5 goes before capacity_choices=[0.25]" in capsys.readouterr().err
+    model = Transformer.from_pretrained(tmp_path / "run" / "final_model")
+    assert [*model.config.calibrated] == ["0.5"]
+    flops = model.train().flops_per_token(SEQ_LEN, training=True)
+    assert metrics(tmp_path / "run")[1]["flops"] == pytest.approx(flops * metrics(tmp_path / "run")[1]["tokens"])
+    resumed = cut_back(tmp_path / "run", tmp_path / "resumed", 1)
+    train.main([*keys, "--max_steps=2", f"--out_dir={resumed}", "--resume=auto"])
+    assert_same_run(tmp_path / "run", resumed)
+    train.main([*keys, "--capacity_choices=", "--max_steps=1", f"--out_dir={tmp_path / 'none'}"])
+    assert Transformer.from_pretrained(tmp_path / "none" / "final_model").config.calibrated is None
 
 
 @pytest.mark.parametrize("name", ["mod_05b", "dtf_05b", "stt_05b"])
