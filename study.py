@@ -461,7 +461,9 @@ def record(run: Run) -> dict:
 def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     """All results, as comparison.py describes them."""
     before = reported(cfg)
-    others = [run for run in before.get("runs", []) if run["arm"] not in cfg.arms]  # nothing finished is dropped
+    # Nothing finished is dropped: of arms that the config has lost, or of another study.py that works on the same results.
+    known = {(run.arm, run.seed) for run in finished}
+    others = [run for run in before.get("runs", []) if (run["arm"], run["seed"]) not in known]
     kept = {run.arm: speed for run in reversed(finished) if (speed := run.kept("speed.json"))}
     measured = {
         arm: speed for arm, speed in kept.items() if speed.get("reference", "").rpartition("-")[0] == cfg.reference

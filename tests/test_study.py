@@ -278,6 +278,19 @@ def test_times_are_compared_where_they_were_measured_side_by_side(folder, finish
     assert comparison.seconds(document, run_, run_["curve"][-1]) == pytest.approx(run_["tokens"] / (rate * ratio))
 
 
+def test_two_studies_may_work_on_the_same_results(folder, finished):
+    """What one has finished since the other began stays."""
+    assert run(folder, "--report") == 0
+    before = json.loads((folder / "r.json").read_text())
+    (settings,) = study.configure("", [str(folder / "study.py")], study.StudyConfig)
+    cfg = study.StudyConfig(**settings)
+    mine = [each for each in study.plan(cfg) if each.name == "half-1"]
+    document = study.document_of(cfg, mine)
+    assert sorted((each["arm"], each["seed"]) for each in document["runs"]) == sorted(
+        (each["arm"], each["seed"]) for each in before["runs"]
+    )
+
+
 def test_a_run_that_cannot_be_counted_fails_alone_and_is_not_called_finished(folder, finished, tmp_path, capsys):
     shutil.copytree(folder / "runs", tmp_path / "runs")
     for run_ in ("dense-1", "half-2"):
