@@ -474,8 +474,10 @@ class RoutedBlock(Block):
 
         The causal router is taught to say the same.
         """
+        by_threshold = self.config.causal_decision == "threshold"
+        kth_score = self.kth_score(score, ctx) if by_threshold else None
         if self.config.selection == "threshold":
-            decision = self.choose_above_average(score, ctx)
+            decision = self.choose_above_average(score, kth_score, ctx)
         elif ctx.lengths is None:
             indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
             decision = Decision(mask, "top-k score", score, None, indices)
@@ -486,9 +488,9 @@ class RoutedBlock(Block):
         chosen = logits > self.causal_cut
         notes.losses["causal"] = routers.selection_bce(ctx.of_real(logits), ctx.of_real(mask))
         notes.stats["causal_accuracy"] = ctx.mean(chosen == mask)
-        if self.config.causal_decision == "threshold":
+        if by_threshold:
             chosen = score > self.threshold
-            notes.stats["kth_score"] = self.kth_score(score, ctx)
+            notes.stats["kth_score"] = kth_score
         notes.stats["causal_capacity"] = ctx.mean(chosen)
         return decision
 
@@ -500,12 +502,12 @@ class RoutedBlock(Block):
         mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
         return score.masked_fill(~mask, torch.inf).amin(1).mean()
 
-    def choose_above_average(self, score, ctx: Context) -> Decision:
+    def choose_above_average(self, score, kth_score, ctx: Context) -> Decision:
         """The first tokens whose score passes the average k-th highest one, this batch's before there is any: a quarter
         more than the capacity at most.
         """
         threshold = ctx.thresholds[self.index]
-        cut = torch.where(threshold.isnan(), self.kth_score(score, ctx), threshold)
+        cut = torch.where(threshold.isnan(), kth_score, threshold)
         room = [math.ceil(min(n, 1.25 * self.capacity * n)) for n in ctx.lengths or [score.size(1)]]
         if ctx.lengths is None:
             mask, indices, valid = routers.first_of(score > cut, room[0])

@@ -153,12 +153,17 @@ class _Attention(torch.autograd.Function):
 
 def keys_kept(T: int, device: str) -> float:
     """How many probabilities a query of T tokens leaves for the backward pass, on average."""
-    return sum((b - a) * b for a, b in _blocks(T)) / T if device == "cpu" and T in WRITTEN_OUT else 0
+    return _pairs(T) / T if device == "cpu" and T in WRITTEN_OUT else 0
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
     """(first query, behind the last) of each block; it sees the keys before its end."""
     return [(a, min(a + QUERIES, T)) for a in range(0, T, QUERIES)]
+
+
+def _pairs(T: int) -> int:
+    """How many queries and keys of one head the blocks bring together."""
+    return sum((b - a) * b for a, b in _blocks(T))
 
 
 def _by_group(x, n: int):
@@ -168,7 +173,7 @@ def _by_group(x, n: int):
 
 def _attend_shapes(q, k, v, keep: bool):
     B, H, T, _ = q.shape
-    return torch.empty_like(q), q.new_empty(B * H * sum((b - a) * b for a, b in _blocks(T)) if keep else 0)
+    return torch.empty_like(q), q.new_empty(B * H * _pairs(T) if keep else 0)
 
 
 @torch.autocast("cpu", enabled=False)
