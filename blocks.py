@@ -177,12 +177,19 @@ class Attention(nn.Module):
         return (k, v, None) if store is None else store(k, v)
 
     def attend(self, x, rope, k, v, mask=None, runs=None):
-        """Queries of x (B, Q, d) over k, v (B, n_kv, S, hd): (B, Q, d). mask None: causal, Q = S, or one query over all."""
+        """Queries of x (B, Q, d) over k, v (B, n_kv, S, hd): (B, Q, d). mask None: causal, Q = S, or one query over all.
+
+        In a decoding step k and v may be lists, of each row's own.
+        """
         B, Q, _ = x.shape
         q = self.q_norm(self.q_proj(x, runs).view(B, Q, -1, self.head_dim))
         q = rotate(q, *rope).transpose(1, 2)  # (B, H, Q, hd)
         if Q == 1:  # a decoding step: the queries of a group stand as rows before their keys, which are read once
-            y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, self.head_dim), k, v, attn_mask=mask)
+            q = q.view(B, k[0].size(-3), -1, self.head_dim)  # (B, n_kv, group, hd)
+            if isinstance(k, list):
+                y = torch.cat([F.scaled_dot_product_attention(*row) for row in zip(q.split(1), k, v, strict=True)])
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(y.reshape(B, 1, -1), runs)
         y = kernels.attention(q, k, v, mask)  # (B, H, Q, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, Q, -1))
@@ -619,7 +626,7 @@ class RoutedBlock(Block):
         if not every:
             row_index = torch.tensor(rows, device=x.device)
             x, rope = x[row_index], tuple(t[row_index] for t in rope)
-            keys = keys and tuple(t if t is None else t[row_index] for t in keys)
+            keys = keys and ctx.cache.layers[self.index].of_rows(rows, row_index, ctx.positions[row_index, 0])
             factors = None if factors is None else factors[row_index]
 
         def attention(hidden):

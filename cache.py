@@ -42,7 +42,7 @@ class LayerCache:
         return k, v, None
 
     def append(self, k, v, rows: list[int], places: torch.Tensor | None = None):
-        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → all their keys, values, and the mask over them.
+        """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → what they attend to, see `of_rows`.
 
         places: how many tokens each row had (len(rows)), where that is known on the device.
         """
@@ -51,21 +51,31 @@ class LayerCache:
         lengths = [self.lengths[r] for r in rows]
         S = max(lengths)
         self.reserve(S, k)
-        ragged, keys, values = min(lengths) < S, self.k[:, :, :S], self.v[:, :, :S]
-        if len(rows) == len(self.lengths) and not ragged:
-            keys[:, :, -1:], values[:, :, -1:] = k, v
-            return keys, values, None
+        if len(rows) == len(self.lengths) and min(lengths) == S:
+            self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
+            return self.k[:, :, :S], self.v[:, :, :S], None
         if places is None:
-            rows_of_device, places = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
+            row_index, places = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
         else:
-            rows_of_device = torch.arange(len(rows), device=k.device)
-        keys[rows_of_device, :, places], values[rows_of_device, :, places] = k[:, :, 0], v[:, :, 0]
-        if len(rows) < len(self.lengths):
-            keys, values = keys[rows_of_device], values[rows_of_device]
-        mask = (
-            (torch.arange(S, device=k.device) <= places[:, None])[:, None, None] if ragged else None
-        )  # (rows, 1, 1, S)
-        return keys, values, mask
+            row_index = torch.arange(len(rows), device=k.device)
+        self.k[row_index, :, places], self.v[row_index, :, places] = k[:, :, 0], v[:, :, 0]
+        return self.of_rows(rows, row_index, places)
+
+    def of_rows(self, rows: list[int], row_index: torch.Tensor, places: torch.Tensor):
+        """Keys and values of these rows (len(rows), n_kv, S, hd), and the mask over them, None where all are as long.
+
+        row_index, places: on the device, which rows and where their newest token lies. Of some rows on a CPU, lists of each
+        one's own as they lie there, (1, n_kv, length, hd): to bring them together takes longer than attention.
+        """
+        lengths, some = [self.lengths[r] for r in rows], len(rows) < len(self.lengths)
+        if some and self.k.device.type == "cpu":
+            keys, values = ([t[r : r + 1, :, :n] for r, n in zip(rows, lengths, strict=True)] for t in (self.k, self.v))
+            return keys, values, None
+        S = max(lengths)
+        keys, values = (t[row_index, :, :S] if some else t[:, :, :S] for t in (self.k, self.v))
+        ragged = min(lengths) < S
+        mask = torch.arange(S, device=places.device) <= places[:, None] if ragged else None  # (rows, S)
+        return keys, values, mask if mask is None else mask[:, None, None]
 
 
 class Cache:
