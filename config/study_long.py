@@ -1,0 +1,22 @@
+"""Does the distance to dense close with more text? Arms of config/study_seeds.py, adapted for 512,000 tokens, not 204,800.
+
+python study.py config/study_long.py --judge=held_out.txt --jobs=2     the model and the text as named there
+"""
+
+from pathlib import Path
+from runpy import run_path
+
+_shorter = run_path(str(Path(__file__).with_name("study_seeds.py")))
+
+out_dir = "out/study_long"
+results = "docs/results/study_long.json"
+picture = "docs/images/study_long.png"
+axis = "inference"
+checkpoints = False
+
+common = _shorter["common"] | {"max_steps": 500}
+judge_tokens = _shorter["judge_tokens"]
+_names = ("dense", "drop", "mod_eighth", "drop_distilled", "mod_eighth_distilled")
+arms = {name: _shorter["arms"][name] for name in _names}
+seeds = [1]
+reference = "dense"
