@@ -1,6 +1,8 @@
 """Does the distance to dense close with more text? Arms of config/study_seeds.py, adapted for 512,000 tokens, not 204,800.
 
-python study.py config/study_long.py --judge=held_out.txt --jobs=2     the model and the text as named there
+    python study.py config/study_long.py --judge=held_out.txt --jobs=2
+
+The model and the text are those that config/study_convert.py names.
 """
 
 from pathlib import Path
