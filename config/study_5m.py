@@ -26,7 +26,9 @@ def _at_this_width(keys: dict) -> dict:
 
 arms = {name: _at_this_width(keys) for name, keys in _smaller["arms"].items()}
 # 35.8 MFLOPs a token in training, 11.9 at inference: what mod at capacity 0.5 takes
-arms["dense_short"] |= {"num_hidden_layers": 5, "intermediate_size": 854}
-arms["dense_shorter"] |= {"num_hidden_layers": 4, "intermediate_size": 784}  # 28.6 and 9.5: mod at capacity 0.125
+for _name in ("dense_short", "dense_short_slow"):
+    arms[_name] |= {"num_hidden_layers": 5, "intermediate_size": 854}
+for _name in ("dense_shorter", "dense_shorter_slow"):
+    arms[_name] |= {"num_hidden_layers": 4, "intermediate_size": 784}  # 28.6 and 9.5: mod at capacity 0.125
 seeds = [1, 2, 3]
 reference = "dense"
