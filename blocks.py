@@ -189,7 +189,7 @@ class Attention(nn.Module):
             if isinstance(k, list):
                 y = torch.cat([F.scaled_dot_product_attention(*row) for row in zip(q.split(1), k, v, strict=True)])
             else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                y = F.scaled_dot_product_attention(*kernels.dense_on_mps(q, k, v), attn_mask=mask)
             return self.o_proj(y.reshape(B, 1, -1), runs)
         y = kernels.attention(q, k, v, mask)  # (B, H, Q, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, Q, -1))
@@ -621,16 +621,18 @@ class RoutedBlock(Block):
         rows, base = [r for r, (selected,) in enumerate(mask.tolist()) if selected], self.skipped(x, mask)
         if not rows:
             return base
-        store, factors = None if keys else ctx.store(self.index, rows=rows), self.gate_values(gate)
-        rope, every = ctx.rope, len(rows) == x.size(0)
+        layer, factors = ctx.cache.layers[self.index], self.gate_values(gate)
+        rope, every, row_index, places = ctx.rope, len(rows) == x.size(0), None, None
         if not every:
-            row_index = torch.tensor(rows, device=x.device)
+            row_index, places = torch.tensor([rows, [layer.lengths[r] for r in rows]], device=x.device)
             x, rope = x[row_index], tuple(t[row_index] for t in rope)
-            keys = keys and ctx.cache.layers[self.index].of_rows(rows, row_index, ctx.positions[row_index, 0])
+            keys = keys and layer.of_rows(rows, row_index, places - 1)  # which hold this step's already
             factors = None if factors is None else factors[row_index]
 
         def attention(hidden):
-            return self.self_attn.attend(hidden, rope, *keys) if keys else self.self_attn(hidden, rope, store)
+            if keys:
+                return self.self_attn.attend(hidden, rope, *keys)
+            return self.self_attn(hidden, rope, ctx.store(self.index, rows=rows, row_index=row_index, places=places))
 
         update = self.gated(self.part_delta(x, attention), factors).to(x.dtype)  # (rows, 1, d)
         return base + update if every else base.index_add(0, row_index, update)

@@ -41,10 +41,10 @@ class LayerCache:
         self.lengths = list(counts)
         return k, v, None
 
-    def append(self, k, v, rows: list[int], places: torch.Tensor | None = None):
+    def append(self, k, v, rows: list[int], row_index: torch.Tensor | None = None, places: torch.Tensor | None = None):
         """One decoding step of `rows`: k, v (len(rows), n_kv, 1, hd) → what they attend to, see `of_rows`.
 
-        places: how many tokens each row had (len(rows)), where that is known on the device.
+        row_index, places: the rows and how many tokens each had (len(rows)), where they are on the device already.
         """
         for r in rows:
             self.lengths[r] += 1
@@ -54,10 +54,10 @@ class LayerCache:
         if len(rows) == len(self.lengths) and min(lengths) == S:
             self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
             return self.k[:, :, :S], self.v[:, :, :S], None
-        if places is None:
-            row_index, places = torch.tensor([rows, [n - 1 for n in lengths]], device=k.device)
-        else:
+        if row_index is None:  # all rows
             row_index = torch.arange(len(rows), device=k.device)
+        if places is None:
+            places = torch.tensor([n - 1 for n in lengths], device=k.device)
         self.k[row_index, :, places], self.v[row_index, :, places] = k[:, :, 0], v[:, :, 0]
         return self.of_rows(rows, row_index, places)
 

@@ -6,7 +6,8 @@
 torch's fake tensors know shapes, types and devices, and refuse a product across devices as CUDA does. Without a CUDA build the
 device is a backend made in Python, which the model takes for CUDA (`is_cuda`). Counted are kernels (operators that make or
 change a tensor: what a kernel is without a compiler), waits of the host for a value, and copies to the device of what the
-host made up. Where the host asks what was selected it hears: 32 tokens of each row, in a decoding step all rows.
+host made up. Where the host asks what was selected it hears: 32 tokens of each row, in a decoding step all rows, or all but
+the first.
 """
 
 import json
@@ -130,9 +131,9 @@ class Operators(TorchDispatchMode):
 class Host(TorchFunctionMode):
     """Counts what the host asks of the device, and answers it."""
 
-    def __init__(self, counts):
+    def __init__(self, counts, idle: int):
         super().__init__()
-        self.counts = counts
+        self.counts, self.idle = counts, idle
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
@@ -142,7 +143,9 @@ class Host(TorchFunctionMode):
             if name == "__bool__":
                 return False
             value = t.dtype == torch.bool or (1.0 if t.dtype.is_floating_point else 32)
-            return np.full(t.shape, value).tolist()
+            answer = np.full(t.shape, value)
+            answer[: self.idle if t.dtype == torch.bool else 0] = False
+            return answer.tolist()
         if name in ("tensor", "as_tensor") and torch.device((kwargs or {}).get("device") or "cpu").type == GPU:
             self.counts["copies"] += 1
             made = torch.from_numpy(np.array(args[0]))  # for its shape and type
@@ -153,11 +156,14 @@ class Host(TorchFunctionMode):
 
 
 class Counted:
-    """with Counted() as counts: …"""
+    """with Counted() as counts: …     idle: so many rows are not selected in a decoding step."""
+
+    def __init__(self, idle: int = 0):
+        self.idle = idle
 
     def __enter__(self):
         counts = Counter(kernels=0, waits=0, copies=0)
-        self.modes = [Operators(counts), Host(counts)]
+        self.modes = [Operators(counts), Host(counts, self.idle)]
         for mode in self.modes:
             mode.__enter__()
         return counts
@@ -219,6 +225,8 @@ def inference(architecture: str, size: dict, B=2, T=64) -> dict[str, Counter]:
     with Counted() as found["prefill"]:
         model(ids, routing="causal", cache=cache, lengths=[T - n % 2 for n in range(B)])
     with Counted() as found["decoding step"]:
+        model(ids[:, :1], routing="causal", cache=cache)
+    with Counted(idle=1) as found["decoding step, a row idle"]:
         model(ids[:, :1], routing="causal", cache=cache)
     static = model.static_cache(cache)
     with Counted() as found["compiled step"]:

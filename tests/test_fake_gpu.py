@@ -31,6 +31,7 @@ def test_a_gpu_is_never_waited_for_but_to_hear_what_was_selected(counts, archite
     expected["causal forward"] = {"waits": routed, "copies": 0}
     expected["prefill"] = {"waits": routed, "copies": 1 + routed}
     expected["decoding step"] = {"waits": routed, "copies": 1}
+    expected["decoding step, a row idle"] = {"waits": routed, "copies": 1 + routed}  # which rows run, and where
     # 32 passes; the copies are the positions of each step, the prompts' lengths and the stop ids
     expected["generate, 32 tokens"] = {"waits": 2 + 32 * routed, "copies": 34}
     found = {what: {name: of[name] for name in NOTHING} for what, of in counts[architecture].items()}
