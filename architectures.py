@@ -265,7 +265,7 @@ class ControlBlock(RoutedBlock):
         indices = None
         if ctx.mode == "packed" and ctx.lengths is None:
             count = routers.control_count(router, self.index, T, cut / routers.GROUP)
-            indices = torch.sort((rank[0] >= cut).int(), stable=True).indices[:count].expand(B, -1)  # ascending
+            indices = routers.selected_first(rank[:1] < cut)[:, :count].expand(B, -1)  # ascending
         notes.decision = Decision(rank < cut, f"{router} control", -rank.float(), -cut, indices)
         self.real(notes.decision, ctx, notes)
         return Score(None)

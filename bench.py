@@ -173,7 +173,8 @@ def main(argv):
     device, dtype = pick_device(cfg.device, cfg.dtype, local_rank(), world())
     model = tokenizer = None
     if cfg.model_path:
-        model, tokenizer = open_model(cfg.model_path, device)
+        trained_in = torch.float32 if "speed" in cfg.tasks else dtype  # steps of training are measured too
+        model, tokenizer = open_model(cfg.model_path, device, trained_in)
     document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)

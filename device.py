@@ -19,9 +19,11 @@ AVX512_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX51
 # the device's name contains. A device that is missing here gets no MFU rather than a guess.
 PEAK_FLOPS = {
     "GB200": 2500e12,
+    "GB300": 2500e12,
     "B300": 2250e12,
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -31,6 +33,7 @@ PEAK_FLOPS = {
     "H20": 148e12,
     "A100": 312e12,
     "A800": 312e12,
+    "RTX 6000 Ada": 364e12,
     "A6000": 154.8e12,
     "A40": 149.7e12,
     "A30": 165e12,
@@ -40,6 +43,7 @@ PEAK_FLOPS = {
     "L40": 181e12,
     "L4": 121e12,
     "RTX 5090": 209.5e12,
+    "RTX 4090 D": 147e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
     "MI300X": 1307e12,

@@ -80,10 +80,11 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, teacher: to
     """
     n, V = logits.shape
     losses = torch.empty(n, 1, dtype=torch.float32, device=logits.device)
-    if teacher is None:
-        cross_entropy[(n,)](logits, targets.contiguous(), losses, V, BLOCK, num_warps=8)
-    else:
-        divergence[(n,)](logits, teacher, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+    with torch.cuda.device_of(logits):  # else Triton starts them on the current one
+        if teacher is None:
+            cross_entropy[(n,)](logits, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+        else:
+            divergence[(n,)](logits, teacher, targets.contiguous(), losses, V, BLOCK, num_warps=8)
     return losses, logits
 
 
@@ -100,13 +101,15 @@ def product_of(x, runs, weight, bias, out, B, M, N, ROWS: tl.constexpr, OUTPUTS:
     row, m = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     run = tl.load(runs + row, row < B, 0) != 0
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    parts = tl.zeros((ROWS, OUTPUTS, INPUTS), tl.float32)  # summed over threads once, behind the loop
     if tl.max(run.to(tl.int32), 0) > 0:
         weights = weight + m.to(tl.int64)[:, None] * N
         for start in range(0, N, INPUTS):
             n = start + tl.arange(0, INPUTS)
             w = tl.load(weights + n[None, :], (m[:, None] < M) & (n[None, :] < N), 0.0).to(tl.float32)
             v = tl.load(x + row[:, None] * N + n[None, :], run[:, None] & (n[None, :] < N), 0.0).to(tl.float32)
-            total += tl.sum(v[:, None, :] * w[None, :, :], 2)
+            parts += v[:, None, :] * w[None, :, :]
+        total = tl.sum(parts, 2)
         if bias is not None:
             total += tl.load(bias + m, m < M, 0.0).to(tl.float32)[None, :]
         total = tl.where(run[:, None], total, 0.0)
@@ -124,5 +127,7 @@ def product_where(x: torch.Tensor, runs: torch.Tensor, weight: torch.Tensor, bia
     out = torch.empty(B, 1, M, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(M, OUTPUTS),)
     inputs = TILE // (rows * OUTPUTS)
-    product_of[grid](x.contiguous(), runs.contiguous(), weight, bias, out, B, M, N, rows, OUTPUTS, inputs, num_warps=4)
+    given = x.contiguous(), runs.contiguous(), weight, bias, out
+    with torch.cuda.device_of(x):
+        product_of[grid](*given, B, M, N, rows, OUTPUTS, inputs, num_warps=4)
     return out

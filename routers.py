@@ -257,7 +257,7 @@ def first_of(mask: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor,
     those are selected (B, room). Nothing is read back to the host.
     """
     mask = mask & (mask.cumsum(1) <= room)
-    indices = torch.sort((~mask).int(), dim=1, stable=True).indices[:, :room]
+    indices = selected_first(mask)[:, :room]
     return mask, indices, mask.gather(1, indices)
 
 
@@ -268,7 +268,16 @@ def pack(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     hides from every valid query. Reads the counts back to the host: the one synchronisation of a causal forward's layer.
     """
     counts = mask.sum(1).tolist()
-    return torch.sort((~mask).int(), dim=1, stable=True).indices[:, : max(counts)], counts
+    return selected_first(mask)[:, : max(counts)], counts
+
+
+def selected_first(mask: torch.Tensor) -> torch.Tensor:
+    """The places of each row, the selected ones before the others, both ascending: mask (B, T) → (B, T).
+
+    Without a stable sort: MPS has none for long rows.
+    """
+    T = mask.size(1)
+    return (torch.arange(T, device=mask.device) + T * ~mask).sort(1).values % T
 
 
 # ---------------------------------------------------------------------------------------------------------------------

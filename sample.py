@@ -190,8 +190,7 @@ def main(argv: list[str]):
     cfg = SampleConfig(**settings)
     text = read_text(cfg.text) if cfg.text else None
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model, tokenizer = open_model(cfg.model_path, device)
-    model.to_dtype(dtype)
+    model, tokenizer = open_model(cfg.model_path, device, dtype)
     if cfg.compile:
         model.compile_decoding()
     blocks, terminal = len(model.config.routed_layers), sys.stdout.isatty()

@@ -6,9 +6,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py config/7b.py    sharded
     python train.py config/demo.py --resume=auto                 go on where the run in out_dir stopped
 
-A resumed run takes every key that is not given from its checkpoint, and continues to the same bits. Ctrl-C, SIGTERM,
-SIGUSR1 and --max_seconds end the step, save and stop; a second Ctrl-C stops at once. In <out_dir>: metrics.jsonl, step_*/ (checkpoints)
-and, after the last step, final_model/.
+A resumed run takes every key that is not given from its checkpoint, and continues to the same bits (on a CPU; flash
+attention's backward pass on GPUs sums in no fixed order). Ctrl-C, SIGTERM, SIGUSR1 and --max_seconds end the step, save and
+stop; a second Ctrl-C stops at once. In <out_dir>: metrics.jsonl, step_*/ (checkpoints) and, after the last step, final_model/.
 """
 
 import filecmp
@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import kernels
 import lora
 import parallel
 import publish
@@ -374,10 +375,11 @@ class Run:
             model.to(self.device)
         self.compiling = cfg.compile is True
         if cfg.compile == "auto" and self.device.type == "cuda":
-            missing = missing_compiler()
+            triton = None if kernels.TRITON else "Triton, a C compiler or Python's headers (python3-dev)"
+            missing = missing_compiler() or triton
             self.compiling = not missing
             if missing:
-                say(f"not compiled, and slower: {missing} is not there; install it, or name a C++ compiler in CXX")
+                say(f"not compiled, and slower: {missing} is not there; install it (CXX names another C++ compiler)")
         if self.compiling:
             model.compile_trunk()
         torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank

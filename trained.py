@@ -28,15 +28,15 @@ def model_directory(path: str) -> str:
     return find_model(path)
 
 
-def open_model(path: str, device="cpu"):
-    """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device`.
+def open_model(path: str, device="cpu", dtype: torch.dtype = torch.float32):
+    """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device` in `dtype`.
 
     The tokenizer also has a `start`, the id before a text, and `ends`, the ids behind one.
     """
     from tokenizers import Tokenizer
 
     directory = model_directory(path)
-    model = Transformer.from_pretrained(directory)
+    model = Transformer.from_pretrained(directory, dtype)
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     if not os.path.exists(tokenizer_path):
         raise ModelError(f"{tokenizer_path} is missing: copy it from the data folder that the model was trained on")

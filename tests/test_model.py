@@ -369,7 +369,7 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
     torch._dynamo.reset()
     with torch.no_grad():
         caches = []
-        for rows in (2, 5):  # of five, half of them on average, one is taken for granted: their keys are written
+        for rows in (2, 9):  # of nine, half of them on average, one is taken for granted: their keys are written
             cache = model.new_cache(rows, 20)
             model(random_ids(rows, 8), routing="causal", cache=cache)
             caches.append(model.static_cache(cache))
@@ -377,7 +377,7 @@ def test_a_compiled_step_that_selects_no_row_leaves_the_block_alone(architecture
             compiled_step(model, random_ids(rows, 1), caches[-1])
     for i in (1, 3):
         assert caches[0].layers[i].k.count_nonzero() == 0 < caches[1].layers[i].k.count_nonzero()
-        assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 5
+        assert caches[0].layers[i].lengths.tolist() == [0, 0] and caches[1].layers[i].lengths.tolist() == [0] * 9
 
 
 @pytest.mark.parametrize(
@@ -402,6 +402,22 @@ def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options,
             results.append(torch.stack([step(model, ids[:, t : t + 1], static) for t in range(6, 9)]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert asked.count([False] * 5) >= len(asked) // 2 and any(map(any, asked))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_by_packed_weights_is_the_same(architecture, monkeypatch):
+    """Fifteen tokens are too few to pack for."""
+    monkeypatch.setattr(kernels, "PACKS", {torch.float32})
+    monkeypatch.setattr(kernels, "LARGE_WEIGHT", 0)
+    held, pack = [], kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda weights: held.append(len(weights)) or pack(weights))
+    model, ids, lengths = small_model(architecture), random_ids(3, 9), [9, 2, 5]
+    expected = model.generate(ids, 15, lengths=lengths)
+    assert not held
+    for row, as_expected, n in zip(model.generate(ids, 16, lengths=lengths), expected, lengths, strict=True):
+        assert torch.equal(row[: n + 15], as_expected[: n + 15])
+    assert held[0] >= 7 * model.config.num_hidden_layers + 1 and not kernels._PACKED
 
 
 @pytest.mark.parametrize("layers", [[0, 2], [0, 1, 2]])
