@@ -6,12 +6,14 @@ import shutil
 import sys
 
 import torch
+from torch import nn
 
 import kernels
 import routers
 from cache import Cache, StaticCache
 from errors import ModelError
 
+PACKED = 16  # new tokens for which weights are packed, or more
 ASKED = 16  # steps of a GPU's decoding between two waits to hear whether all rows have ended
 
 
@@ -21,6 +23,11 @@ class Generation:
     def new_cache(self, batch: int, limit: int) -> Cache:
         """An empty KV cache for `batch` rows of at most `limit` tokens."""
         return Cache(self.config, batch, limit)
+
+    def pack(self) -> list[torch.Tensor]:
+        """Lays the weights out as decoding on a CPU multiplies by them fastest, while the result is held: kernels.pack."""
+        weights = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return kernels.pack([*weights, self.head_weight])
 
     def compile_decoding(self):
         """torch.compile, on CUDA with its graphs, for the steps of `generate`: for every batch size anew."""
@@ -72,6 +79,7 @@ class Generation:
         cache.finished = finished if len(stops) else None
         rows, place = torch.arange(B, device=input_ids.device), torch.tensor(ends, device=input_ids.device)
         new, at_prompt = input_ids, ends
+        packed = self.pack() if max_new_tokens >= PACKED else []
         for step in range(max_new_tokens):
             if cache.static:
                 logits = compiled_step(self.head_weight.is_cuda)(self, new, cache)  # (B, V)
@@ -88,6 +96,7 @@ class Generation:
             if self.decodes_compiled and not cache.static and cache.keys is not None and step + 1 < max_new_tokens:
                 cache = self.static_cache(cache)
                 finished = cache.finished
+        del packed  # held until here
         return result
 
 

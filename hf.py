@@ -123,7 +123,8 @@ class NanoDTFForCausalLM(PreTrainedModel, GenerationMixin):
             raise ModelError(f"a prompt and new tokens of {limit + 1} in all pass max_position_embeddings={longest}")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             rows = batch_size * generation_config.num_return_sequences
-            model_kwargs["past_key_values"] = self.new_cache(rows, limit)
+            model_kwargs["past_key_values"] = cache = self.new_cache(rows, limit)
+            cache.packed = self.core.pack()
 
 
 def runs(mask: torch.Tensor, shape) -> tuple[torch.Tensor, list[int]]:

@@ -7,6 +7,8 @@ import ctypes
 import importlib.util
 import os
 import shutil
+import sysconfig
+import weakref
 from pathlib import Path
 
 import torch
@@ -36,10 +38,10 @@ _onednn = torch.backends.mkldnn.is_available()
 ONEDNN = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not made_by("GenuineIntel")
 # Products of a decoding step alone, on AMD's with AVX2; the others stay MKL's.
 SKINNY = _onednn and torch.backends.cpu.get_cpu_capability() == "AVX2" and made_by("AuthenticAMD")
-# Without gradients so few rows are columns, the weight standing first: of a product that MKL divides over the cores, or of
-# oneDNN's.
-MKL_COLUMNS = range(2, 5 if ONEDNN else 6)
-ONEDNN_COLUMNS = range(5, 17) if ONEDNN else range(0)
+# What of a decoding step oneDNN multiplies here, and is worth packing for it.
+PACKS = {torch.float32} if ONEDNN or SKINNY else set()
+if _onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    PACKS.add(torch.bfloat16)
 # oneDNN takes some milliseconds to prepare a new shape: worth it for so many multiplications, or for the few rows of a
 # decoding step, whose shapes come again and again; small weights are still MKL's.
 SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
@@ -48,9 +50,19 @@ SMALLEST, FEW_ROWS, LARGE_WEIGHT = 1 << 24, 16, 1 << (16 if ONEDNN else 17)
 # training. Shorter it is not worth it, longer it keeps too many probabilities.
 WRITTEN_OUT, QUERIES = range(128, 1025) if ONEDNN else range(0), 64
 
-# With torch for GPUs. What it makes is started by C that it compiles; its interpreter is not.
-_starts = os.environ.get("TRITON_INTERPRET") or any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc")))
-TRITON = importlib.util.find_spec("triton") is not None and bool(_starts)
+
+def triton_runs() -> bool:
+    """Whether Triton is there, and what it needs to start its kernels: a C compiler and Python's headers; its interpreter
+    needs neither.
+    """
+    compiler = any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc")))
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for them
+    headers = Path(sysconfig.get_path("include", scheme), "Python.h").exists()
+    starts = compiler and headers or bool(os.environ.get("TRITON_INTERPRET"))
+    return starts and importlib.util.find_spec("triton") is not None
+
+
+TRITON = triton_runs()
 
 
 def _triton():
@@ -62,7 +74,7 @@ def _triton():
 # A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
 FIRST = not hasattr(torch.ops.nanodtf, "product")
 
-if (ONEDNN or SKINNY) and FIRST:
+if PACKS and FIRST:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -70,17 +82,49 @@ if (ONEDNN or SKINNY) and FIRST:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), float32 on the CPU."""
-    if torch.compiler.is_compiling():
-        return torch.ops.nanodtf.product(x, weight, bias)
+    """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), on the CPU."""
+    return (torch.ops.nanodtf.product if torch.compiler.is_compiling() else _product)(x, weight, bias)
+
+
+def _product(x, weight, bias):
+    if _PACKED and weight.is_contiguous():  # and no transpose of one that is packed
+        packed = _PACKED.get(weight.data_ptr())
+        if packed is not None and packed.version == weight._version:
+            weight = packed
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_PACKED = weakref.WeakValueDictionary()  # {address of a weight: the same as oneDNN lays it out}
+
+
+def pack(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Lays weights (m, n) out as oneDNN multiplies few rows by them fastest, for as long as the result is held.
+
+    That takes some decoding steps' time, and their memory once more; without room for it nothing is done.
+    """
+    weights = [w.detach() for w in weights if w.device.type == "cpu" and w.dtype in PACKS and w.numel() >= LARGE_WEIGHT]
+    if sum(w.nbytes for w in weights) > free_memory() / 2:
+        return []
+    packed = []
+    for weight in weights:
+        packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS // 2))
+        packed[-1].version = weight._version
+        _PACKED[weight.data_ptr()] = packed[-1]
+    return packed
+
+
+def free_memory() -> float:
+    """Bytes that this machine can still give, infinite where it does not say."""
+    meminfo = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
+    return 1024 * float(lines.get("MemAvailable", "inf").removesuffix("kB"))
 
 
 # The same for the compiler, which asks of an operator that it knows that the weights be constants.
 if FIRST:
     _library = torch.library.Library("nanodtf", "DEF")
     _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    _library.impl("product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), "CPU")
+    _library.impl("product", _product, "CPU")
     torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
     _library.define("product_where(Tensor x, Tensor runs, Tensor weight, Tensor? bias) -> Tensor")
     _library.impl("product_where", lambda *given: _triton().product_where(*given), "CompositeExplicitAutograd")
@@ -120,21 +164,14 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if not ((ONEDNN or SKINNY and not torch.is_grad_enabled()) and float32 and x.device.type == "cpu"):
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows = x.numel() // x.size(-1)
-    few = 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
-    columns = rows in MKL_COLUMNS or few and rows in ONEDNN_COLUMNS
-    if columns and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which mistakes the strides
-        x_flat = x.flatten(0, -2)  # (rows, n)
-        y = weight @ x_flat.t() if rows in MKL_COLUMNS else product(weight, x_flat)  # (m, rows)
-        y = y.t().contiguous().unflatten(0, x.shape[:-1])
-        return y if bias is None else y.add_(bias)
-    many = ONEDNN and rows * weight.numel() >= SMALLEST
+    rows, trains = x.numel() // x.size(-1), torch.is_grad_enabled()
+    few = not trains and x.dtype in PACKS and 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
+    many = ONEDNN and x.dtype == torch.float32 and rows * weight.numel() >= SMALLEST
     if not (few or many):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if trains else product(x, weight, bias)
 
 
 class _Attention(torch.autograd.Function):
@@ -250,9 +287,15 @@ def attention(q, k, v, mask=None):
             return _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
     if q.is_cuda and not flash_runs(q, mask):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    q, k, v = dense_on_mps(q, k, v)
     if mask is None and lets_the_future_in(q):
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) < q.size(1))
+
+
+def dense_on_mps(*tensors):
+    """What MPS attends to, without gaps: torch 2.11 computes wrongly with others (pytorch issue 181133)."""
+    return tuple(t.contiguous() for t in tensors) if tensors[0].device.type == "mps" else tensors
 
 
 def lets_the_future_in(q) -> bool:

@@ -81,6 +81,7 @@ class Decoder:
         self.model, self.ids, self.position, self.steps = model, ids, prompt, steps
         self.masks = []  # of every step so far {routed layer: (B, 1) bool}; none where steps are compiled
         self.cache = model.new_cache(*ids.shape)
+        self.packed = model.pack() if isinstance(model, Transformer) else []
         model(ids[:, :prompt], routing="causal", cache=self.cache)
         self.compiled_step = None
         if getattr(model, "decodes_compiled", False):

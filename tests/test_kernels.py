@@ -47,33 +47,55 @@ def test_the_linear_layer(bias, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
-@pytest.mark.parametrize("avx512", [False, True])
-def test_few_rows_on_a_processor_that_multiplies_them_its_own_way(avx512, monkeypatch):
-    """Without gradients by oneDNN, or as columns; with them as a resumed run had it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_by_packed_weights(dtype, monkeypatch):
+    """Without gradients by oneDNN, packed where they are held so; with them as PyTorch multiplies them."""
     torch.manual_seed(0)
-    here = {"SKINNY": not avx512, "ONEDNN": avx512, "LARGE_WEIGHT": 1 << 17}
-    here |= {"MKL_COLUMNS": range(2, 5 if avx512 else 6), "ONEDNN_COLUMNS": range(5, 17) if avx512 else range(0)}
-    for name, value in here.items():
+    for name, value in {"ONEDNN": False, "PACKS": {dtype}, "LARGE_WEIGHT": 1 << 17}.items():
         monkeypatch.setattr(kernels, name, value)
-    calls, product = [], kernels.product
-    monkeypatch.setattr(kernels, "product", lambda *args: calls.append(args[:2]) or product(*args))
+    used, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def noted(x, weight, *others):
+        used.append(weight.is_mkldnn)
+        return product(x, weight, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noted)
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     for width, bias in ((300, True), (300, False), (40, True)):
-        layer = kernels.Linear(500, width, bias)
-        for rows in range(20):
-            x = torch.randn(rows, 1, 500)
-            expected = F.linear(x, layer.weight, layer.bias)
-            y = layer(x)
-            assert torch.equal(y, expected) or (avx512 and torch.allclose(y, expected, rtol=1e-5, atol=1e-5))
-            calls.clear()
-            with torch.no_grad():
-                torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-                assert layer(x.view(1, rows, 500)).is_contiguous()
-            weight_first = [given[0] is layer.weight for given in calls]
-            large = width == 300
-            if avx512:
-                assert weight_first == (2 * [rows > 1] if large and (rows == 1 or 5 <= rows <= 16) else []), rows
-            else:
-                assert weight_first == (2 * [False] if large and (rows == 1 or 6 <= rows <= 16) else []), rows
+        layer = kernels.Linear(500, width, bias).to(dtype)
+        packed = kernels.pack([layer.weight])
+        assert len(packed) == (width == 300)
+        for held in (True, False):
+            if not held:
+                del packed
+            for rows in range(20):
+                x = torch.randn(rows, 1, 500).to(dtype)
+                expected = F.linear(x, layer.weight, layer.bias)
+                assert torch.equal(layer(x), expected)
+                with torch.no_grad():
+                    torch.testing.assert_close(layer(x), expected, **bound)
+                    assert layer(x.view(1, rows, 500)).is_contiguous()
+                taken = width == 300 and 0 < rows <= 16
+                assert used == (2 * [held] if taken else []), (rows, held)
+                used.clear()
+        assert not kernels._PACKED
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+def test_what_is_packed_is_never_stale(monkeypatch):
+    monkeypatch.setattr(kernels, "PACKS", {torch.float32})
+    monkeypatch.setattr(kernels, "LARGE_WEIGHT", 0)
+    x, layer = torch.randn(3, 1, 48), kernels.Linear(48, 48, bias=False)
+    packed = kernels.pack([layer.weight])
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.product(x, layer.weight.t()), x @ layer.weight)  # at the same address
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), x @ layer.weight.t())
+        layer.weight.copy_(torch.randn(48, 48))
+        torch.testing.assert_close(layer(x), x @ layer.weight.t())
+    assert len(kernels._PACKED) == len(packed) == 1
+    monkeypatch.setattr(kernels, "free_memory", lambda: 2 * layer.weight.nbytes - 1)
+    assert kernels.pack([layer.weight]) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
