@@ -13,7 +13,7 @@ import routers
 from cache import Cache, StaticCache
 from errors import ModelError
 
-PACKED = 16  # new tokens for which weights are packed, or more
+PACKED = 32  # new tokens, or more, for which weights are packed: that takes some decoding steps
 ASKED = 16  # steps of a GPU's decoding between two waits to hear whether all rows have ended
 
 

@@ -103,7 +103,8 @@ def pack(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     That takes some decoding steps' time, and their memory once more; without room for it nothing is done.
     """
     weights = [w.detach() for w in weights if w.device.type == "cpu" and w.dtype in PACKS and w.numel() >= LARGE_WEIGHT]
-    if sum(w.nbytes for w in weights) > free_memory() / 2:
+    untracked = any(w.is_inference() for w in weights)  # whose changes nobody counts
+    if untracked or sum(w.nbytes for w in weights) > free_memory() / 2:
         return []
     packed = []
     for weight in weights:

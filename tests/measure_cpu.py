@@ -20,7 +20,7 @@ from measure import interleaved
 CPU = torch.device("cpu")
 BEYOND_CACHES = 64_000_000  # bytes
 WEIGHTS = ((512, 512), (1408, 512), (512, 1408), (1536, 576), (4864, 896), (8192, 512))
-ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
+ROWS = (1, 2, 4, 8, 16)
 ATTENTION = ((8, 4, 2, 32, 256), (4, 9, 3, 64, 256), (2, 9, 3, 64, 512), (2, 8, 2, 64, 1024), (1, 14, 2, 64, 1024))
 
 
@@ -31,23 +31,22 @@ def milliseconds(ways: dict) -> str:
 
 @torch.no_grad()
 def few_rows():
-    """The four ways of `kernels.linear` with a few rows, over weights (m, n)."""
-    print("\nms for 100 MB of weights: torch's own; oneDNN; rows as columns behind the weight, by MKL and by oneDNN")
-    ways = {
-        "own": F.linear,
-        "oneDNN": kernels.product,
-        "columns": lambda x, w: (w @ x.t()).t().contiguous(),
-        "oneDNN columns": lambda x, w: kernels.product(w, x).t().contiguous(),
-    }
-    for m, n in WEIGHTS:
-        copies = [torch.randn(m, n) for _ in range(max(2, BEYOND_CACHES // (4 * m * n)))]
-        scale = 1e8 / (4 * m * n * len(copies))
-        for rows in ROWS:
-            x = torch.randn(rows, n)
-            runs = {name: lambda way=way, x=x, copies=copies: [way(x, w) for w in copies] for name, way in ways.items()}
-            times = interleaved(runs, CPU, warmup=1, repeats=5)
-            cells = "  ".join(f"{name} {scale * 1e3 * statistics.median(t):6.2f}" for name, t in times.items())
-            print(f"{m:5} × {n:5}, {rows:2} rows:  {cells}", flush=True)
+    """The ways of `kernels.linear` with a few rows, over weights (m, n)."""
+    print("\nms for 100 million numbers of weights: torch's own; oneDNN; oneDNN over packed weights")
+    for dtype in (torch.float32, torch.bfloat16):
+        for m, n in WEIGHTS:
+            copies = [torch.randn(m, n, dtype=dtype) for _ in range(max(2, BEYOND_CACHES // (dtype.itemsize * m * n)))]
+            others = [w.clone() for w in copies]
+            packed = kernels.pack(others)  # held: `product` finds them by their address
+            ways = {"own": (F.linear, copies), "oneDNN": (kernels.product, copies)}
+            ways |= {"packed": (kernels.product, others)} if packed else {}
+            scale = 1e8 / (m * n * len(copies))
+            for rows in ROWS:
+                x = torch.randn(rows, n, dtype=dtype)
+                runs = {name: lambda f=f, x=x, ws=ws: [f(x, w) for w in ws] for name, (f, ws) in ways.items()}
+                times = interleaved(runs, CPU, warmup=1, repeats=5)
+                cells = "  ".join(f"{name} {scale * 1e3 * statistics.median(t):6.2f}" for name, t in times.items())
+                print(f"{str(dtype)[6:]:8} {m:5} × {n:5}, {rows:2} rows:  {cells}", flush=True)
 
 
 def attention():

@@ -96,6 +96,10 @@ def test_what_is_packed_is_never_stale(monkeypatch):
     assert len(kernels._PACKED) == len(packed) == 1
     monkeypatch.setattr(kernels, "free_memory", lambda: 2 * layer.weight.nbytes - 1)
     assert kernels.pack([layer.weight]) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "PACKS", {torch.float32})
+    with torch.inference_mode():
+        assert kernels.pack([torch.randn(1000, 1000)]) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -407,16 +407,16 @@ def test_steps_whose_products_skip_idle_rows_are_the_same(architecture, options,
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation_by_packed_weights_is_the_same(architecture, monkeypatch):
-    """Fifteen tokens are too few to pack for."""
+    """For 31 tokens nothing is packed yet."""
     monkeypatch.setattr(kernels, "PACKS", {torch.float32})
     monkeypatch.setattr(kernels, "LARGE_WEIGHT", 0)
     held, pack = [], kernels.pack
     monkeypatch.setattr(kernels, "pack", lambda weights: held.append(len(weights)) or pack(weights))
     model, ids, lengths = small_model(architecture), random_ids(3, 9), [9, 2, 5]
-    expected = model.generate(ids, 15, lengths=lengths)
+    expected = model.generate(ids, 31, lengths=lengths)
     assert not held
-    for row, as_expected, n in zip(model.generate(ids, 16, lengths=lengths), expected, lengths, strict=True):
-        assert torch.equal(row[: n + 15], as_expected[: n + 15])
+    for row, as_expected, n in zip(model.generate(ids, 32, lengths=lengths), expected, lengths, strict=True):
+        assert torch.equal(row[: n + 31], as_expected[: n + 31])
     assert held[0] >= 7 * model.config.num_hidden_layers + 1 and not kernels._PACKED
 
 
