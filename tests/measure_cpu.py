@@ -33,13 +33,14 @@ def milliseconds(ways: dict) -> str:
 def few_rows():
     """The ways of `kernels.linear` with a few rows, over weights (m, n)."""
     print("\nms for 100 million numbers of weights: torch's own; oneDNN; oneDNN over packed weights")
-    for dtype in (torch.float32, torch.bfloat16):
+    kernels.PACKS.add(torch.float32)  # where it is not done, too
+    for dtype in sorted(kernels.PACKS, key=str, reverse=True):
         for m, n in WEIGHTS:
             copies = [torch.randn(m, n, dtype=dtype) for _ in range(max(2, BEYOND_CACHES // (dtype.itemsize * m * n)))]
             others = [w.clone() for w in copies]
             packed = kernels.pack(others)  # held: `product` finds them by their address
             ways = {"own": (F.linear, copies), "oneDNN": (kernels.product, copies)}
-            ways |= {"packed": (kernels.product, others)} if packed else {}
+            ways |= {"packed": (kernels.product, others)} if packed else {}  # with room, and large enough
             scale = 1e8 / (m * n * len(copies))
             for rows in ROWS:
                 x = torch.randn(rows, n, dtype=dtype)
