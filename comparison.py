@@ -82,7 +82,13 @@ def against(document: dict, reference: str) -> dict[str, dict]:
 
 
 def losses(document: dict, text: str, routing: str) -> dict[str, dict[int, float]]:
-    return per_run(document, lambda run: run["losses"].get(text, {}).get(routing))
+    """Those on the text, of the length that the study asks for: others were judged on another part of it."""
+
+    def loss(run):
+        found = run["losses"].get(text, {})
+        return found.get(routing) if found.get("limit") in (None, document.get("judge_tokens")) else None
+
+    return per_run(document, loss)
 
 
 def texts(document: dict) -> list[str]:
@@ -108,10 +114,11 @@ def seconds(document: dict, run: dict, point: dict) -> float:
 
 def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
     """The training time that every run reached, and the validation loss there, between the two evaluations next to it."""
-    curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in document["runs"]]
+    runs = [run for run in document["runs"] if "validation" in run["losses"]]  # which did not diverge
+    curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in runs]
     shortest = min(times[-1] for _, times in curves)
     found = {id(run): np.interp(shortest, times, [p["causal"] for p in run["curve"]]) for run, times in curves}
-    return shortest, per_run(document, lambda run: float(found[id(run)]))
+    return shortest, per_run(document, lambda run: float(found[id(run)]) if id(run) in found else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,11 @@ def device_of(settings: dict):
     return pick_device(settings.get("device", "auto"), settings.get("dtype", "auto"))
 
 
+def is_rebuilt(settings: dict) -> bool:
+    """Whether `config_of` is the model that these settings train: a parent's blocks or weights are changed when it is read."""
+    return not (settings.get("keep_layers") or settings.get("lora") or settings.get("routed_layers") == "auto")
+
+
 def config_of(settings: dict) -> ModelConfig:
     """The model that a run with these settings trains."""
     given = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}

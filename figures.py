@@ -133,5 +133,6 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 
 def si(value: float) -> str:
     """Three digits and a unit prefix: 1234567 → 1.23 M."""
+    value = float(f"{value:.3g}")  # first, or 999,700 would be 1e+03 k
     power = min(int(math.log10(max(value, 1)) / 3), 5)
     return f"{value / 1000**power:.3g} {' kMGTP'[power]}".rstrip()

@@ -4,6 +4,7 @@ What a killed process leaves behind ends in .partial and is overwritten or swept
 but errors.py.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ def replacing(path, writers_differ: bool = False):
     Its folder is made. writers_differ: several processes may write it at once, each needs a temporary name of its own.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{os.uname().nodename}-{os.getpid()}" if writers_differ else ""
     partial = path.with_name(f"{path.name}{own}.partial")
@@ -82,12 +85,13 @@ def folder_written_whole(path):
 
 def append_lines(path, lines: list[str]):
     """Append `lines` to a file and empty the list. On an OSError the file is as before and the list still full."""
-    size = os.path.getsize(path)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
         with open(path, "a") as f:
             f.writelines(lines)
     except OSError:
-        os.truncate(path, size)
+        if os.path.exists(path):
+            os.truncate(path, size)
         raise
     lines.clear()
 

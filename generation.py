@@ -69,7 +69,11 @@ class Generation:
                 f"a prompt of {T} and {max_new_tokens} new tokens pass max_position_embeddings="
                 f"{self.config.max_position_embeddings}"
             )
+        if not temperature >= 0:
+            raise ModelError(f"temperature={temperature} must be 0 or more")
         ends = [T] * B if lengths is None else [int(n) for n in lengths]
+        if len(ends) != B:
+            raise ModelError(f"lengths={ends} must give the tokens of each of {B} rows")
         result = input_ids.new_full((B, T + max_new_tokens), pad_id)
         kept = routers.valid_mask(ends, T, input_ids.device)
         result[:, :T] = torch.where(kept, input_ids, pad_id)
@@ -122,11 +126,11 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     """(B, V) → (B) ids. Draws by comparing probabilities with exponential noise, which needs no synchronisation."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # from the highest: none overflows
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # the most probable one always stays

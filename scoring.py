@@ -24,7 +24,7 @@ from measure import Decoder, calibrate, interleaved
 from model import Transformer
 from parallel import of_all, rank, world
 from routers import valid_mask
-from tokenizer import vocabulary
+from tokenizer import token_bytes, vocabulary
 from trained import encode, read_text
 
 LOGITS = 1 << 25  # numbers of logits that are in memory at a time
@@ -92,6 +92,8 @@ def read_texts(path: str, model: Transformer, tokenizer) -> dict[str, tuple[torc
     """{name: (ids (N), bytes of text)}: a text file, or the validation split of each source of a token folder."""
     if not os.path.isdir(path) and os.path.exists(path):
         text = read_text(path)
+        if not text:
+            raise DataError(f"text={path} is empty")
         return {path: (encode(model, tokenizer, text), len(text.encode()))}
     manifest = read_manifest(path)
     if manifest["vocab_size"] > model.config.vocab_size:
@@ -102,8 +104,8 @@ def read_texts(path: str, model: Transformer, tokenizer) -> dict[str, tuple[torc
     own_tokenizer = os.path.join(path, "tokenizer.json")
     if os.path.exists(own_tokenizer) and vocabulary(own_tokenizer) != tokenizer.get_vocab():
         raise DataError(f"{path} has another tokenizer than the model: name text, or tokens of the model's own")
-    tokens = (tokenizer.id_to_token(i) or "" for i in range(manifest["vocab_size"]))
-    width = np.array([len(token) for token in tokens])  # byte-level BPE: a character of the vocabulary is a byte
+    bytes_of = token_bytes(tokenizer)
+    width = np.array([len(bytes_of(i) or b"") for i in range(manifest["vocab_size"])])
     width[manifest["eot_token"]] = 0
     texts, dtype = {}, np.dtype(manifest["dtype"]).newbyteorder("<")
     for name, source in manifest["sources"].items():
@@ -114,6 +116,10 @@ def read_texts(path: str, model: Transformer, tokenizer) -> dict[str, tuple[torc
         if ids.max() >= manifest["vocab_size"]:
             raise DataError(f"{path}: token id {ids.max()} of {name} is beyond vocab_size: prepare it again")
         texts[name] = torch.from_numpy(ids), int(width[ids].sum())
+    if not texts:
+        raise DataError(
+            f"{path} holds no validation tokens: prepare it with a larger val_fraction, or name a text file"
+        )
     return texts
 
 

@@ -124,7 +124,10 @@ class Run:
     def kept(self, name: str) -> dict:
         """A JSON file of the run's folder, empty where it is not there."""
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as e:
+            raise ConfigError(f"{path} is damaged: {first_line(e)}; remove it") from None
 
     def metrics(self, size: int | None = None) -> list[dict]:
         """The lines of metrics.jsonl, of its last `size` bytes only; one that is cut or being written is left out."""
@@ -422,7 +425,7 @@ def measure(cfg: StudyConfig, finished: list[Run]):
     reference = first.get(cfg.reference)
     for run in first.values() if cfg.speed and reference else ():
         here = {each.name: (each.model if each.model.exists() else None, each.settings) for each in (reference, run)}
-        if cfg.axis == "inference" and not all(model for model, _ in here.values()):
+        if not all(model or cfg.axis == "training" and costs.is_rebuilt(own) for model, own in here.values()):
             continue
         processor = device_name(costs.device_of(run.settings)[0])
         where = f"{processor}, {cfg.threads} threads, torch {torch.__version__}"
@@ -438,20 +441,23 @@ def measure(cfg: StudyConfig, finished: list[Run]):
 # The report
 
 
-def record(run: Run) -> dict:
-    """What the results keep of a finished run; see comparison.py."""
-    if not run.model.exists():
+def record(run: Run) -> dict | None:
+    """What the results keep of a finished run, see comparison.py; None where its folder no longer says what it was."""
+    lines, about = run.metrics(), run.kept("study.json")
+    evaluated = [line for line in lines if "val/loss" in line and "val/loss_causal" in line]
+    if not (run.model.exists() and about and evaluated):
         return run.recorded
     curve, seconds, tokens = [], 0.0, 0
-    for line in run.metrics():
+    for line in lines:
         if "tokens_per_s" in line:  # of the steps since the last such line
             seconds, tokens = seconds + (line["tokens"] - tokens) / line["tokens_per_s"], line["tokens"]
         if line.get("val/loss") is not None and line.get("val/loss_causal") is not None:  # null: it was not finite
             point = {"tokens": line["tokens"], "flops": line["flops"], "seconds": round(seconds, 3)}
             curve.append(point | {"topk": line["val/loss"], "causal": line["val/loss_causal"]})
-    losses = {"validation": {routing: curve[-1][routing] for routing in ("causal", "topk")}}
+    last, losses = evaluated[-1] | {"seconds": round(seconds, 3)}, {}
+    if curve and curve[-1]["tokens"] == last["tokens"]:  # else it diverged
+        losses["validation"] = {routing: curve[-1][routing] for routing in ("causal", "topk")}
     losses |= {Path(text).name: judged for text, judged in run.kept("judge.json").items()}
-    about, last = run.kept("study.json"), curve[-1]
     document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
     document |= {"settings": run.settings, "data": about.get("data")}
     document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
@@ -472,7 +478,12 @@ def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     document["speeds"] = comparison.against(before, cfg.reference)  # also of arms that the config no longer has
     document["speeds"] |= {arm: speed["speeds"] for arm, speed in measured.items()}
     document["measured_on"] = before.get("measured_on", {}) | {arm: speed["where"] for arm, speed in measured.items()}
-    return document | {"runs": [record(run) for run in finished] + others}
+    records = [record(run) for run in finished]
+    for run in (run for run, of_run in zip(finished, records, strict=True) if of_run is None):
+        say(
+            f"{run.folder} has lost its metrics.jsonl or study.json and is left out: remove it, and it is trained again"
+        )
+    return document | {"runs": [of_run for of_run in records if of_run] + others}
 
 
 def main(argv: list[str]):

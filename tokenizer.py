@@ -48,6 +48,26 @@ def byte_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def token_bytes(tokenizer):
+    """A function from an id to the bytes that it adds to a text, None for an id that only pads the vocabulary.
+
+    Byte-level tokens are written in `byte_alphabet`, SentencePiece's with "▁" for a space and "<0xC3>" for a byte.
+    """
+    byte_of, added = byte_alphabet(), tokenizer.get_added_tokens_decoder()
+    byte_level = "ByteLevel" in repr(tokenizer.decoder) + repr(tokenizer.pre_tokenizer)
+
+    def bytes_of(i: int) -> bytes | None:
+        token = added[i].content if i in added else tokenizer.id_to_token(i)
+        if i in added or token is None:
+            return token and token.encode()
+        if byte_level:
+            return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+
+    return bytes_of
+
+
 def ends_of_text(directory):
     """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json; empty where neither has one."""
     for name in ("generation_config.json", "config.json"):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from errors import ConfigError, ModelError
+from errors import ConfigError, ModelError, first_line
 from model import Transformer
-from tokenizer import byte_alphabet, start_and_ends
+from tokenizer import start_and_ends, token_bytes
 from weights import find_model
 
 WINDOW = 1024  # tokens that a text is traced in at a time
@@ -81,34 +81,41 @@ def chat_prompt(path: str, message: str) -> torch.Tensor:
 
     Raises ConfigError where it has no template.
     """
+    from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerFast
 
     directory = model_directory(path)
     theirs = PreTrainedTokenizerFast.from_pretrained(directory)
     if not theirs.chat_template:
         raise ConfigError(f"{directory} has no chat template (chat_template.jinja): leave --chat out")
-    ids = theirs.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)["input_ids"]
+    try:
+        ids = theirs.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+    except TemplateError as error:
+        raise ConfigError(f"the chat template of {directory} is faulty: {first_line(error)}") from None
     return torch.tensor(ids)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """What each token adds to the text; joined, they are the text.
 
-    A character whose bytes are spread over several byte-level tokens appears with the last of them, the others add "".
+    A character whose bytes are spread over several tokens appears with the last of them, the others add "".
     """
-    byte_of = byte_alphabet()
-    added = tokenizer.get_added_tokens_decoder()
+    bytes_of, added = token_bytes(tokenizer), tokenizer.get_added_tokens_decoder()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = []
     for i in ids:
-        token = added[i].content if i in added else tokenizer.id_to_token(i)
-        if i not in added and token is not None and all(c in byte_of for c in token):
-            texts.append(decoder.decode(bytes(byte_of[c] for c in token)))
-        else:  # a special token, or an id that pads the vocabulary
-            texts.append(decoder.decode(b"", final=True) + (token or "\ufffd"))
+        raw = bytes_of(i)
+        if raw is None or i in added:  # an id that pads the vocabulary, or a special token
+            texts.append(decoder.decode(b"", final=True) + ("\ufffd" if raw is None else raw.decode()))
             decoder.reset()
+        else:
+            texts.append(decoder.decode(raw))
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
+        if texts[0].startswith(" ") and not tokenizer.decode(ids).startswith(" "):  # SentencePiece's, before every text
+            texts[0] = texts[0][1:]
     return texts
 
 
