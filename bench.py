@@ -3,8 +3,8 @@
     python bench.py                                                   speed: four architectures, transformers' Qwen2
     python bench.py --size=50M --capacity=0.125 --compile             … at any size, with any key of the model
     python bench.py --tasks=flops --size=7B                           what is counted, per component
-    python bench.py --tasks=perplexity --model_path=out/demo/dtf --text=README.md
-    python bench.py --tasks=capacity --model_path=out/demo/dtf        loss against compute, table and picture
+    python bench.py --tasks=perplexity --model_path=out/demo/dtf-1 --text=README.md
+    python bench.py --tasks=capacity --model_path=out/demo/dtf-1      loss against compute, table and picture
     python bench.py --tasks=general,math --model_path=out/dtf_05b --batch_size=8
     torchrun --standalone --nproc_per_node=8 bench.py --tasks=general --model_path=out/dtf_05b
 

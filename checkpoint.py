@@ -39,7 +39,7 @@ from files import append_lines, flush, folder_written_whole, sha256, write_whole
 from model import ModelConfig, Transformer
 from parallel import of_all, rank
 from tokenizer import TOKENIZER_FILES
-from weights import INDEX, local_rows
+from weights import INDEX, find_model, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
 TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what a model directory does not hold
@@ -330,11 +330,11 @@ def rewind(out_dir, step, complete):
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     metrics, kept = out_dir / "metrics.jsonl", []
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # torn by a crash
+        except (ValueError, KeyError, TypeError):  # torn by a crash
             break
     write_whole(metrics, "".join(kept))
 
@@ -409,6 +409,12 @@ def main(argv):
     if out_dir.exists():
         raise ConfigError(f"{out_dir} already exists: {what} writes a new directory")
     merged = None
+    if what == "export" and not (step_dir / "state.json").exists():
+        inside = steps(step_dir)
+        cure = f"name one, such as {inside[-1]}" if inside else "train.py writes them, as step_*"
+        raise ConfigError(f"{step_dir} is no saved step: {cure}")
+    if what == "merge":
+        step_dir = Path(find_model(str(step_dir)))
     if (step_dir / "checksums.json").exists() or what == "export":
         verify(step_dir)
     if what == "merge":

@@ -53,7 +53,8 @@ class Range:
             left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
             return f"must lie in {left}{self.low:g}, {self.high:g}{right}"
         if self.low == 0:
-            return "must be positive" if self.open_low else "must not be negative"
+            finite = ", and finite" if self.open_high else ""
+            return ("must be positive" if self.open_low else "must not be negative") + finite
         return f"must be {'above' if self.open_low else 'at least'} {self.low:g}"
 
 

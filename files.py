@@ -5,10 +5,12 @@ but errors.py.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,6 +83,20 @@ def folder_written_whole(path):
         raise CheckpointError(f"cannot write {path}: {e} ({free:.1f} MB free)") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def hold(folder, holder):
+    """Keeps other processes from holding a folder, as long as there is a `holder`. Raises CheckpointError if one does."""
+    held = os.open(folder, os.O_RDONLY)
+    weakref.finalize(holder, os.close, held)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"another run is writing to {folder}: wait for its end, or name another out_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def append_lines(path, lines: list[str]):

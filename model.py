@@ -24,7 +24,7 @@ import lora
 import weights
 from architectures import ALIASES, ARCHITECTURES, layer_class
 from blocks import Block, Context, Notes, RMSNorm, RoutedBlock, rope_tables
-from configurator import Count, Range, problems
+from configurator import Count, NonNegative, Positive, Range, problems
 from errors import ModelError
 from files import write_whole
 from generation import Generation, need_compiler
@@ -57,6 +57,9 @@ ROUTED = "nanodtf"  # the model_type of every routed model in config.json: see h
 Capacity = Annotated[float, Range(0, 1, open_low=True)]
 
 
+LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # of its RoPE scaling
+
+
 @dataclass
 class Shape:
     """What every architecture has."""
@@ -71,9 +74,9 @@ class Shape:
     max_position_embeddings: Count = 2048  # longest sequence, in tokens
     model_type: Literal["qwen2", "llama", "qwen3"] = "qwen2"  # biases on q, k, v; none; none, and q and k normed
     head_dim: Count | None = None  # size of a head (unset: hidden_size / num_attention_heads)
-    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_theta: Positive = 10000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # Llama 3's, as its config.json has it
-    rms_norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    rms_norm_eps: NonNegative = 1e-6  # epsilon of every RMSNorm
     tie_word_embeddings: bool = True  # the head is the embedding
     eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
@@ -125,6 +128,10 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         self.head_dim = self.head_dim or self.hidden_size // heads
         if not found and self.head_dim % 2:
             found.append(f"hidden_size / num_attention_heads = {self.head_dim} must be even for RoPE")
+        if self.rope_scaling is not None and (missing := LLAMA3 - self.rope_scaling.keys()):
+            found.append(
+                f"rope_scaling={self.rope_scaling} lacks {', '.join(sorted(missing))}: Llama 3's is known here"
+            )
         if heads % kv_heads:
             found.append(f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
         if self.causal_decision == "threshold" and not self.kind.scores_causally:

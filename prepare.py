@@ -287,6 +287,10 @@ def place_tokenizer(cfg, work, out_dir):
     except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
         raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
     _, ends = start_and_ends(found)
+    if wrong := [end for end in ends if type(end) is not int or not 0 <= end <= max(vocab.values())]:
+        raise DataError(
+            f"tokenizer {found}: its files end a text with {wrong[0]!r}, which is none of its {len(vocab):,} ids"
+        )
     if found != path:
         for name in reversed(TOKENIZER_FILES):  # tokenizer.json last
             if (file := found if name == path.name else found.with_name(name)).is_file():
@@ -370,6 +374,8 @@ def merge_records(jobs, out_dir, width):
         if not entry["train"]["tokens"]:
             number = entry["val"]["documents"]
             lost = f"all {number} documents fell into validation: more text, or a lower val_fraction"
+            for record in (record for source, _, record in jobs if source.name == name):
+                record.unlink()  # other text or another fraction may take its place
             raise DataError(f"source {name}: {lost if number else 'an empty corpus'}")
         if entry["weight"] is None:
             entry["weight"] = entry["train"]["tokens"] / 1e6
@@ -411,7 +417,9 @@ def main(argv):
     train, val = (sum(entry[split]["tokens"] for entry in merged.values()) for split in SPLITS)
     print(f"{out_dir}: {train:,} tokens to train on, {val:,} for validation, of {vocab_size:,} kinds")
     if not val and cfg.val_fraction:
-        print("no document fell into validation: prepare more text, or set a higher val_fraction")
+        print(
+            "no document fell into validation: prepare more of them (a file is one, or a row), or set a higher val_fraction"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Text from a trained model, and what its router did to each token.
 
     python sample.py --model_path=out/quickstart --prompt="def main("
-    python sample.py --model_path=out/demo/dtf --show_routing
-    python sample.py --model_path=out/demo/dtf --text=README.md --html=out/readme.html
+    python sample.py --model_path=out/demo/dtf-1 --show_routing
+    python sample.py --model_path=out/demo/dtf-1 --text=README.md --html=out/readme.html
     python sample.py --model_path=Qwen/Qwen2.5-0.5B-Instruct --chat --prompt="What is the capital of France?"
 
 Generation and every view use causal routing: what is shown is what inference does. T tokens.

@@ -165,7 +165,7 @@ def local_files(paths):
             files.append(path)
     if not files:
         raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {', '.join(map(repr, paths))}")
-    return files
+    return list({path.resolve(): path for path in files}.values())  # each once, however often it was named
 
 
 def plan(source):
@@ -358,12 +358,14 @@ def decode(raw, path, offset):
     Raises DataError with the offset of the byte that is neither.
     """
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8" if offset else "utf-8-sig")  # Windows puts a mark before UTF-8
     except UnicodeDecodeError as e:
         position = offset + e.start
     if Path(path).suffix == ".py":
         with suppress(UnicodeError, LookupError, SyntaxError), open(path, "rb") as f:
-            return raw.decode(tokenize.detect_encoding(f.readline)[0])
+            text = raw.decode(tokenize.detect_encoding(f.readline)[0])
+            text.encode()  # some encodings give lone surrogates, which are no text
+            return text
     raise DataError(f"{path}: byte {position} is not UTF-8: convert the file, for instance with iconv")
 
 

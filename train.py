@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -50,8 +51,8 @@ from device import (
     set_random_state,
     synchronize,
 )
-from errors import CheckpointError, ConfigError, TrainError
-from files import sha256
+from errors import CheckpointError, ConfigError, TrainError, first_line
+from files import hold, sha256
 from generation import missing_compiler
 from measure import calibrate
 from metrics import Metrics, Progress, perplexity, start_wandb
@@ -61,6 +62,7 @@ from parallel import all_reduce, from_main, local_rank, rank, say, start_ranks, 
 from tokenizer import vocabulary
 from weights import fill, find_model
 
+Rate = Annotated[float, Range(0, open_high=True)]
 CALIBRATING = 16_384  # tokens that thresholds are calibrated on
 FITTING = 32  # times the hidden size: training tokens that linear guesses are fitted on
 
@@ -87,11 +89,11 @@ class TrainConfig:
     save_interval: Amount = 200  # steps between checkpoints (0: only after the last step)
     keep_last: Count = 2  # checkpoints to keep; the one with the best validation loss stays besides
 
-    lr_base: float | None = None  # rate of all ordinary weights (unset: 1e-3 from scratch, 1e-5 on pretrained weights)
-    lr_prior: float = 1e-3  # rate of priors and transition networks
-    lr_router: float = 1e-2  # rate of routers and surprise gates
-    lr_causal_router: float = 1e-3  # rate of causal routers
-    lr_lora: float = 1e-4  # rate of LoRA adapters
+    lr_base: Rate | None = None  # rate of all ordinary weights (unset: 1e-3 from scratch, 1e-5 on pretrained weights)
+    lr_prior: Rate = 1e-3  # rate of priors and transition networks
+    lr_router: Rate = 1e-2  # rate of routers and surprise gates
+    lr_causal_router: Rate = 1e-3  # rate of causal routers
+    lr_lora: Rate = 1e-4  # rate of LoRA adapters
     min_lr_ratio: Share = 0.1  # where the cosine decay ends, as a share of the rate
     warmup_ratio: Share = 0.01  # share of the steps with linear warm-up
     weight_decay: NonNegative = 0.01  # of matrices only
@@ -99,7 +101,7 @@ class TrainConfig:
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: Amount = 0  # steps until the annealed capacity reaches its value
     capacity_choices: list[Capacity] = field(default_factory=list)  # many: one drawn each step; one: calibrated to
-    distill_from: str = ""  # dense parent to distil from: a directory or a hub id (weight of its loss: distill_weight)
+    distill_from: str = ""  # dense teacher: a directory, a hub id, or init_from (weight of its loss: distill_weight)
     lora: bool = False  # freeze the weights of init_from and train adapters beside them, and all routed parts (lora.py)
     lora_r: Count = 16  # rank of the adapters
     lora_alpha: Positive = 32  # an adapter's product is scaled by lora_alpha / lora_r
@@ -107,7 +109,7 @@ class TrainConfig:
     lora_merge: bool = False  # final_model is a plain model, the adapters added to its weights
     max_bad_steps: Count = 10  # end the run after so many steps in a row without a finite loss and gradient
 
-    seed: int = 42  # of initial weights and of the order of the data
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
     dtype: Dtype = "auto"  # of products, over float32 weights; auto: the fastest here (device.py)
     compile: bool | Literal["auto"] = "auto"  # torch.compile, kept in TORCHINDUCTOR_CACHE_DIR; auto: on CUDA
@@ -130,6 +132,14 @@ class TrainConfig:
             found.append("capacity_start and capacity_anneal_steps need each other: set both or none")
         if len(set(self.capacity_choices)) > 1 and self.capacity_start is not None:
             found.append("capacity_choices and capacity_start do not go together: drop one of them")
+        if self.keep_layers and self.init_from == "scratch":
+            found.append("keep_layers needs pretrained weights: set init_from")
+        if self.distill_from == "init_from":
+            self.distill_from = self.init_from
+        if self.distill_from == "scratch":
+            found.append("distill_from=init_from needs a pretrained model: set init_from")
+        if not self.out_dir:
+            found.append("out_dir is empty: name a folder")
         if self.lora and self.init_from == "scratch":
             found.append("lora=True needs pretrained weights: set init_from")
         if self.lora and self.parallel == "fsdp":
@@ -154,8 +164,11 @@ FIXED = (
     "capacity_anneal_steps",
     "capacity_choices",
     "distill_from",
+    "lora",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
 )
-FIXED += ("lora", "lora_r", "lora_alpha", "lora_dropout")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,8 +181,12 @@ def train(argv) -> tuple[TrainConfig, bool]:
     run = Run(argv)
     cfg, model, optimizer, progress, metrics = run.cfg, run.model, run.optimizer, run.progress, run.metrics
     stop = Stop(started + cfg.max_seconds if cfg.max_seconds else math.inf)
-    if not run.resumed:
+    ends_here = progress.step == cfg.max_steps  # by a max_steps that was lowered to the checkpoint's step
+    if ends_here and run.calibrate() or not run.resumed or ends_here and not run.validated:
+        run.saved_step = None
         metrics.record(run.validate())
+    elif run.saved_step is None:  # it goes on elsewhere: from now on by itself
+        run.save()
     first, end = progress.step * cfg.grad_accum_steps + rank(), cfg.max_steps * cfg.grad_accum_steps
     numbers = range(first, end, world())  # of this rank's micro-batches
     stream = batches(run.data, (n * cfg.batch_size for n in numbers), cfg.batch_size, run.device)
@@ -385,7 +402,13 @@ class Run:
         torch.manual_seed(cfg.seed + 1 + rank())  # what is drawn in training differs from rank to rank
         self.wrapped = model
         if world() > 1 and not self.sharded:
-            self.wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Looking for unused parameters, DDP keeps its buckets as they are; else it sorts them anew after its first step,
+            # and the first step after a resume would be summed in another order. On GPUs sums have no fixed order anyway.
+            fixed = self.device.type == "cpu"
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self.wrapped = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=fixed
+            )
         self.optimizer = make_optimizer(model, cfg)
         self.loss_scale = LossScale(self.dtype, self.device, saved.get("loss_scale"))
         self.micro_steps = cfg.grad_accum_steps // world()  # micro-batches of a step on this rank
@@ -394,7 +417,9 @@ class Run:
         self.about["validation"] = saved["about"]["validation"] if self.resumed else None  # the last one
         self.wandb_id = saved.get("wandb_id") or uuid.uuid4().hex[:8]
         self.saving = None  # the step that is being written, and its future
-        self.saved_step = saved.get("step")  # the last one on disk
+        here = self.resumed and self.resumed.parent.resolve() == self.out_dir.resolve()
+        self.saved_step = saved["step"] if here else None  # the last one on disk
+        self.validated = saved.get("val_loss") is not None  # at the step of the checkpoint
         self.saving_group = dist.new_group(backend="gloo") if self.sharded else None  # of the threads that save
         self.progress = Progress()
         if self.resumed:
@@ -432,6 +457,7 @@ class Run:
         if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
             publish.reserve(cfg.push_to_hub)
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        hold(self.out_dir, self)
         checkpoint.rewind(self.out_dir, step if self.resumed else -1, complete=step == cfg.max_steps)
         if cfg.wandb_log:
             settings = asdict(cfg) | self.model_config
@@ -482,11 +508,17 @@ class Run:
             self.costs[str(now)] = cost
         self.flops_per_token = self.costs[str(now)]
 
-    def calibrate(self):
-        """Where the causal decision of each routed layer selects each of its choices, on some training text."""
+    def leave_the_drawn_capacity(self):
+        """For the one that was asked for: what is measured, saved and exported has that."""
+        if self.choices and self.cfg.capacity_start is None:
+            self.model.set_capacity(self.model_config["capacity"])
+
+    def calibrate(self) -> bool:
+        """Where the causal decision of each routed layer selects each of its choices, on some training text. Whether it did."""
         cfg, end = self.cfg, self.model_config["capacity"]
-        if not self.choices:
-            return
+        if not self.choices or self.model.config.calibrated:
+            return False
+        say(f"calibrating {len(self.model.routed)} routed blocks on {CALIBRATING:,} tokens")
         ids, found = self.data.batch(0, -(-CALIBRATING // cfg.seq_len))[0].to(self.device), {}
         self.model.eval()
         for capacity in sorted({end, *self.choices}):
@@ -499,6 +531,7 @@ class Run:
             self.model.reshard()
         self.model.config.calibrated = found
         self.model.set_capacity(end)
+        return True
 
     def exchange_gradients(self, last_micro_step: bool):
         """One exchange a step: to be said before the forward pass of each micro-batch."""
@@ -522,8 +555,7 @@ class Run:
     def validate(self) -> dict:
         """The validation metrics; every rank calls it."""
         progress = self.progress
-        if self.choices:
-            self.model.set_capacity(self.model_config["capacity"])
+        self.leave_the_drawn_capacity()
         topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.dtype)
         if math.isfinite(topk):
             progress.val_loss = topk
@@ -537,6 +569,7 @@ class Run:
         """Begin a checkpoint of this step; every rank calls it. A full disk is a warning, not the end of the run."""
         self.settle()
         cfg, progress = self.cfg, self.progress
+        self.leave_the_drawn_capacity()
         rows = torch.stack(progress.rows).cpu() if progress.rows else torch.zeros(0)
         of_rank = {"rows": rows} | random_state(self.device)
         state = {
@@ -710,6 +743,9 @@ def check_fit(cfg, model_cfg, data, ranks, routes=True):
         found.append(f"grad_accum_steps={cfg.grad_accum_steps} cannot be divided over {ranks} ranks: {cure}")
     if routes and cfg.capacity_start is not None and not (model_cfg.routed_layers and 0 < cfg.capacity_start <= 1):
         found.append(f"capacity_start={cfg.capacity_start} needs routed layers, and must lie in (0, 1]")
+    if cfg.capacity_anneal_steps and 0 < cfg.max_steps <= math.ceil(7 / 8 * cfg.capacity_anneal_steps):
+        cure = f"set it to at most max_steps={cfg.max_steps}, half of that is usual"
+        found.append(f"capacity_anneal_steps={cfg.capacity_anneal_steps} never reaches the capacity: {cure}")
     if routes and cfg.capacity_choices and not (model_cfg.routed_layers and isinstance(model_cfg.capacity, float)):
         found.append(f"capacity_choices={cfg.capacity_choices} needs routed layers, and one capacity for all of them")
     if model_cfg.selection == "threshold" and (cfg.capacity_start is not None or len(set(cfg.capacity_choices)) > 1):
@@ -798,10 +834,12 @@ def eval_argv(cfg):
 def main(argv):
     try:
         cfg, complete = train(argv)  # when it returns, the memory of the run is free
-    except torch.OutOfMemoryError as e:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "can't allocate memory" not in str(e):  # what a CPU says
+            raise
         raise TrainError(
             "out of memory; in this order: halve --batch_size and double --grad_accum_steps, --gradient_checkpointing, "
-            f"--parallel=fsdp on several GPUs, with --offload, a shorter --seq_len ({str(e).splitlines()[0]})"
+            f"--parallel=fsdp on several GPUs, with --offload, a shorter --seq_len ({first_line(e)})"
         ) from e
     status = 0
     if complete and cfg.eval_tasks:

@@ -18,11 +18,15 @@ INDEX = "model.safetensors.index.json"  # which file holds which tensor of a mod
 
 
 def find_model(name: str) -> str:
-    """A directory, or the local snapshot of a hub id: "user/name" or "user/name@revision". Raises ModelError for neither."""
+    """A model directory, a run's final_model, or the local snapshot of a hub id: "user/name" or "user/name@revision".
+
+    Raises ModelError for none of them.
+    """
     if os.path.isdir(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
-            raise ModelError(f"{name} holds no config.json: name a directory that a model was saved in")
-        return name
+        for directory in (name, os.path.join(name, "final_model")):
+            if os.path.exists(os.path.join(directory, "config.json")):
+                return directory
+        raise ModelError(f"{name} holds no config.json: name a directory that a model was saved in")
     hub_id, _, revision = name.partition("@")
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
         raise ModelError(f"{name} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B or user/name@revision")
@@ -43,7 +47,7 @@ def weight_paths(directory: str) -> list[str]:
         try:
             with open(index, encoding="utf-8") as f:
                 shards = sorted(set(json.load(f)["weight_map"].values()))
-            escaping = [shard for shard in shards if os.path.basename(shard) != shard]
+            escaping = [shard for shard in shards if os.path.basename(shard) != shard or shard in (".", "..")]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{index} is not an index of safetensors files") from None
         if escaping:

@@ -80,7 +80,10 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     two += [job("offload", "dtf", fsdp, "--offload")]
     two += [job("half", "dtf", fsdp, "--dtype=bfloat16"), job("half", "stt", fsdp, "--dtype=float16")]
     run_ranks(2, *two)
-    run_ranks(4, *(job("ddp4", architecture) for architecture in ARCHITECTURES))
+    four = [
+        job("ddp4", architecture, f"--save_interval={9 * (architecture == 'dtf')}") for architecture in ARCHITECTURES
+    ]
+    run_ranks(4, *four, resumed("ddp4_ddp4", "dtf", "ddp4"))
     return folder
 
 
@@ -147,7 +150,8 @@ def test_a_sharded_parent_is_asked_like_a_whole_one(runs):
 
 def test_every_checkpoint_goes_on_anywhere(runs, tmp_path):
     """On the same ranks to the bit; on other ranks, sharded or not, with the same losses."""
-    for kind, architecture, of in (("ddp2_ddp2", "dtf", "ddp2"), ("fsdp2_fsdp2", "stt", "fsdp2")):
+    same = ("ddp2_ddp2", "dtf", "ddp2"), ("fsdp2_fsdp2", "stt", "fsdp2"), ("ddp4_ddp4", "dtf", "ddp4")
+    for kind, architecture, of in same:
         later = [line for line in without_clock(runs / of / architecture) if line["step"] > 9]
         assert without_clock(runs / kind / architecture) == later
         models = [runs / k / architecture / "final_model" / "model.safetensors" for k in (kind, of)]

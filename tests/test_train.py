@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from helpers import small_model, toy_data
 
 import device
+import files
 import parallel
 import prepare
 import train
@@ -408,6 +409,65 @@ def test_the_capacity_that_is_asked_for_goes_before_a_single_choice(data, tmp_pa
     assert_same_run(tmp_path / "run", resumed)
     train.main([*keys, "--capacity_choices=", "--max_steps=1", f"--out_dir={tmp_path / 'none'}"])
     assert Transformer.from_pretrained(tmp_path / "none" / "final_model").config.calibrated is None
+
+
+def test_a_run_that_ends_at_the_checkpoint_it_goes_on_from(data, tmp_path, capsys):
+    """Elsewhere, by a lower max_steps: evaluated and calibrated like any other, and a step of its own at once."""
+    keys = [*common(data), "--architecture=mod", "--capacity_choices=0.25,0.75", "--max_steps=5"]
+    train.main([*keys, f"--out_dir={tmp_path / 'run'}"])
+    step = tmp_path / "run" / "step_0000004"
+    assert json.loads((step / "config.json").read_text())["capacity"] == 0.5  # asked for, and never drawn
+    for steps, out in ((4, tmp_path / "fork"), (5, tmp_path / "run"), (6, tmp_path / "longer")):
+        before = metrics(out) if out.exists() else []
+        train.main([f"--resume={step if steps != 5 else 'auto'}", f"--out_dir={out}", f"--max_steps={steps}"])
+        config = Transformer.from_pretrained(out / "final_model").config
+        assert [*config.calibrated] == ["0.25", "0.5", "0.75"] and config.capacity == 0.5
+        assert metrics(out) == before or metrics(out)[-1]["step"] == steps and "val/loss" in metrics(out)[-1]
+    assert sorted(path.name for path in (tmp_path / "longer").glob("step_*")) == ["step_0000004", "step_0000006"]
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_two_runs_never_write_to_one_folder(data, tmp_path):
+    class Holder:
+        pass
+
+    run, other = [*common(data), "--max_steps=1", f"--out_dir={tmp_path / 'run'}"], Holder()
+    (tmp_path / "run").mkdir()
+    files.hold(tmp_path / "run", other)
+    with pytest.raises(CheckpointError, match="another run is writing to .*name another out_dir"):
+        train.main(run)
+    del other
+    train.main(run)
+
+
+def test_metrics_that_vanish_cost_no_checkpoint(data, tmp_path, monkeypatch):
+    def vanishing(self, *given, save=train.Run.save):
+        (self.out_dir / "metrics.jsonl").unlink(missing_ok=True)
+        return save(self, *given)
+
+    monkeypatch.setattr(train.Run, "save", vanishing)
+    train.main([*common(data), f"--out_dir={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "step_0000009").is_dir()
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (["--architecture=mod", "--capacity_start=1", "--capacity_anneal_steps=20"], "never reaches the capacity"),
+        (["--lr_base=-1"], "lr_base=-1.0 must not be negative, and finite"),
+        (["--lr_router=inf"], "lr_router=inf must"),
+        (["--seed=99999999999999999999999"], "seed="),
+        (["--keep_layers=0,1"], "keep_layers needs pretrained weights"),
+        (["--distill_from=init_from"], "needs a pretrained model: set init_from"),
+        (["--rope_theta=0"], "rope_theta=0.0 must be positive"),
+        (["--rope_scaling={'rope_type': 'llama3', 'factor': 8.0}"], "lacks high_freq_factor, low_freq_factor"),
+        (["--out_dir="], "out_dir is empty"),
+        (["--batch_size=100000000000"], "out of memory; in this order: halve --batch_size"),
+    ],
+)
+def test_settings_that_cannot_be(keys, message, data, tmp_path):
+    with pytest.raises((ConfigError, ModelError, TrainError), match=re.escape(message)):
+        train.main([*common(data), f"--out_dir={tmp_path / 'run'}", *keys])
 
 
 @pytest.mark.parametrize("name", ["mod_05b", "dtf_05b", "stt_05b"])
@@ -963,13 +1023,14 @@ def test_configs_that_keep_what_the_parent_knew(architecture):
     plain, soft = configure("", [f"config/{architecture}_05b.py"], train.TrainConfig, ModelConfig)
     ways = {
         "anneal": ({"capacity_start": 1.0, "capacity_anneal_steps": 1800}, {"gate": "straight_through"}),
-        "distill": ({"distill_from": plain["init_from"]}, {"distill_weight": 1.0}),
+        "distill": ({"distill_from": "init_from"}, {"distill_weight": 1.0}),
     }
     for way, (train_keys, model_keys) in ways.items():
         argv = [f"config/{architecture}_05b.py", f"config/{way}.py", f"--out_dir=out/{architecture}_05b_{way}"]
         given = configure("", argv, train.TrainConfig, ModelConfig)
         assert given[0] == plain | train_keys | {"out_dir": f"out/{architecture}_05b_{way}"}
         assert given[1] == soft | model_keys
+    assert train.TrainConfig(**given[0]).distill_from == plain["init_from"]
 
 
 @pytest.mark.parametrize("size, parameters", [("3B", 3_085_938_688), ("7B", 7_615_616_512)])
@@ -1032,9 +1093,9 @@ def test_the_last_step_is_followed_by_an_evaluation(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_an_annealed_conversion_starts_as_its_parent(architecture, data, start, tmp_path):
-    keys = [*common(data), f"--init_from={start / 'dense'}", "--max_steps=1"]
+    keys = [*common(data), f"--init_from={start / 'dense'}", "--max_steps=8"]
     train.main([*keys, f"--out_dir={tmp_path / 'dense'}"])
-    keys += [f"--architecture={architecture}", "--gate=straight_through"]
+    keys += [f"--architecture={architecture}", "--gate=straight_through", "--capacity_choices=0.5"]
     keys += ["--capacity_start=1.0", "--capacity_anneal_steps=8", f"--out_dir={tmp_path / 'routed'}"]
     train.main(keys)
     parent, child = (metrics(tmp_path / name)[0]["val/loss"] for name in ("dense", "routed"))
