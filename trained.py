@@ -114,7 +114,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
             texts.append(decoder.decode(raw))
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
-        if texts[0].startswith(" ") and not tokenizer.decode(ids).startswith(" "):  # SentencePiece's, before every text
+        if texts[0] == " " + tokenizer.decode(ids[:1], skip_special_tokens=False):  # SentencePiece's, before every text
             texts[0] = texts[0][1:]
     return texts
 

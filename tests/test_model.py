@@ -556,7 +556,7 @@ def test_stop_ids_end_a_row():
         assert (stopped[r, n + end :] == 96).all()
 
 
-def test_sampling_follows_the_distribution():
+def test_sampling_follows_the_distribution(monkeypatch):
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
     many = logits.expand(20000, -1)
@@ -576,6 +576,11 @@ def test_sampling_follows_the_distribution():
     close(frequencies(top_p=0.6), best / best.sum())  # 0.58 + 0.21 is the first sum to reach 0.6
     assert frequencies(top_p=1e-9)[2] == 1
     assert sample(many, 0.0, None, None).unique().tolist() == [2]
+    assert sample(many, 1e-40, None, None).unique().tolist() == [2]
+    tail = torch.zeros(64, 50_000)  # a sum of probabilities in float32 is 1 before its end
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "sort", None)
+        assert len(sample(tail, 1.0, None, 1.0).unique()) > 50
 
 
 def test_generate_is_reproducible_and_refuses_what_it_cannot_do():

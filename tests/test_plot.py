@@ -125,7 +125,14 @@ def test_labels_keep_apart_and_inside():
 
 
 def test_si():
-    assert [figures.si(v) for v in (0.5, 7, 1234567, 9.99e9, 2e12)] == ["0.5", "7", "1.23 M", "9.99 G", "2 T"]
+    assert [figures.si(v) for v in (0.5, 7, 999_700, 1234567, 9.99e9, 2e12)] == [
+        "0.5",
+        "7",
+        "1 M",
+        "1.23 M",
+        "9.99 G",
+        "2 T",
+    ]
 
 
 def test_report(folder, monkeypatch, capsys):

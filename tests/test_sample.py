@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from helpers import ROUTED, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import figures
 import sample
@@ -24,7 +24,7 @@ import trained
 from configurator import cli
 from model import Transformer
 from sample import page
-from tokenizer import EOT
+from tokenizer import EOT, token_bytes
 
 TEXT = "def main(argv):\n    return 0\n\nclass Café:\n    print('naïve', 12.5) # 東京\n" * 3
 VOCABULARY = 300
@@ -88,6 +88,21 @@ def test_a_character_appears_with_its_last_byte():
     assert trained.token_texts(TOKENIZER, byte_ids) == ["", "", "京"]
     assert trained.token_texts(TOKENIZER, byte_ids[:2] + [0]) == ["", "", "\ufffd" + EOT]
     assert trained.token_texts(TOKENIZER, [VOCABULARY + 5]) == ["\ufffd"]  # an id that only pads the vocabulary
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(st.sampled_from("abc é京 \n"), min_size=1))
+def test_token_texts_of_sentencepiece(text):
+    """A vocabulary with "▁" for spaces and "<0xC3>" for bytes that it has no character for, as Llama 2's."""
+    vocabulary = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    vocabulary += [(piece, -1.0 - n) for n, piece in enumerate(["▁a", "bc", "▁", "a", "b", "c", "é"])]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    ids = tokenizer.encode(text).ids
+    assert "".join(trained.token_texts(tokenizer, ids)) == text == tokenizer.decode(ids)
+    assert sum(len(token_bytes(tokenizer)(i)) for i in ids) == len(text.encode()) + 1  # with the space before it
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path):

@@ -15,6 +15,7 @@ from helpers import toy_data
 from tokenizers import Tokenizer, models
 
 import comparison
+import costs
 import study
 import train
 from errors import ConfigError
@@ -231,6 +232,39 @@ def test_without_speeds_the_picture_is_over_flops():
     (ax,) = comparison.picture(document).axes
     marks = [tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
     assert ax.get_title(loc="left") == "Decoding, batch 1" and marks == [(1.5, 3.4)]
+
+
+def test_losses_on_other_lengths_of_text_are_not_compared():
+    book = {"dense": {"limit": 300, "causal": 3.0}, "half": {"limit": 1000, "causal": 3.1}}
+    runs = [{"arm": arm, "seed": 1, "losses": {"book": found}} for arm, found in book.items()]
+    document = {"reference": "dense", "judge_tokens": 300, "runs": runs}
+    assert comparison.losses(document, "book", "causal") == {"dense": {1: 3.0}, "half": {}}
+
+
+def test_a_model_that_settings_do_not_rebuild_is_not_timed_as_another():
+    settings = {"init_from": "parent", "routed_layers": [1]}
+    assert costs.is_rebuilt(settings)
+    assert not any(
+        costs.is_rebuilt(settings | k) for k in ({"keep_layers": [0]}, {"lora": True}, {"routed_layers": "auto"})
+    )
+
+
+def test_runs_that_diverged_or_lost_their_files(folder, finished, tmp_path, capsys):
+    """The first has no loss at the end, the second is what the results know, or left out."""
+    shutil.copytree(folder / "runs", tmp_path / "out")
+    keys = [f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results.json'}", "--picture=", "--report"]
+    for name, change in (("dense-1", "null"), ("half-1", None)):
+        metrics = tmp_path / "out" / name / "metrics.jsonl"
+        *lines, last = metrics.read_text().splitlines()
+        last = json.loads(last) | {"val/loss": None, "val/loss_causal": None}
+        metrics.write_text("\n".join([*lines, json.dumps(last), ""]) if change else "")
+    run(folder, *keys, f"--picture={tmp_path / 'picture.png'}")
+    found = {f"{run['arm']}-{run['seed']}": run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
+    assert "validation" not in found["dense-1"]["losses"] and found["dense-1"]["tokens"] > 0
+    assert "half-1" not in found and "has lost its metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "out" / "dense-1" / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"study.json is damaged: .*; remove it"):
+        study.main([str(folder / "study.py"), *keys, f"--picture={tmp_path / 'picture.png'}"])
 
 
 def test_speeds_follow_the_reference(folder, finished, tmp_path):
