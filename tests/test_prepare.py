@@ -218,6 +218,41 @@ def test_what_is_prepared_is_not_overwritten(corpus, tmp_path):
     assert checksums(tmp_path / "d") == before
 
 
+def test_text_that_is_named_twice_or_marked_by_windows(tmp_path, own):
+    """A file counts once, by whatever name; the mark that Windows puts before UTF-8 is no text, in text as in rows."""
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(own))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xef\xbb\xbfplain")
+    (tmp_path / "in" / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "in a row"}\n')
+    names = f"{tmp_path}/in,{tmp_path}/in/../in/a.txt"
+    done = script(f"--input={names}", f"--tokenizer={tmp_path}/t", f"--out_dir={tmp_path}/d", "--val_fraction=0")
+    assert done.returncode == 0, done.stderr
+    ids = np.fromfile(tmp_path / "d/train/in-00000.bin", "<u2").tolist()
+    text = Tokenizer.from_file(str(tmp_path / "t/tokenizer.json")).decode(ids, skip_special_tokens=False)
+    assert text == "plain<|endoftext|>in a row<|endoftext|>"
+
+
+def test_what_was_empty_can_be_filled(tmp_path):
+    (tmp_path / "e.txt").write_text("")
+    (tmp_path / "more.txt").write_text("some words, enough to train a small tokenizer on\n" * 50)
+    argv = [f"--input={tmp_path}/e.txt,{tmp_path}/more.txt", f"--out_dir={tmp_path}/d", "--vocab_size=270"]
+    assert "documents fell into validation" in one_line(script(*argv, "--val_fraction=0.999999"))
+    assert script(*argv, "--val_fraction=0").returncode == 0
+
+
+@pytest.mark.parametrize("end", [99999, -1, "abc", True])
+def test_an_end_of_text_that_is_no_id_is_refused_before_anything_is_encoded(end, tmp_path, own):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(own))
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    (tmp_path / "a.txt").write_text("text")
+    message = one_line(script(f"--input={tmp_path}/a.txt", f"--tokenizer={tmp_path}/t", f"--out_dir={tmp_path}/d"))
+    assert (
+        f"end a text with {end!r}, which is none of its 700 ids" in message and not (tmp_path / "d" / "train").exists()
+    )
+
+
 def test_a_full_disk_leaves_nothing_half_written(corpus, tmp_path):
     folder, _, tok = corpus
     (folder / "much.txt").write_text("word " * 500_000)
