@@ -169,6 +169,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     rows, trains = x.numel() // x.size(-1), torch.is_grad_enabled()
     few = not trains and x.dtype in PACKS and 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
+    if few and x.dtype != torch.float32 and not torch.compiler.is_compiling():
+        few = bool(_PACKED)  # what is not packed torch multiplies by oneDNN itself
     many = ONEDNN and x.dtype == torch.float32 and rows * weight.numel() >= SMALLEST
     if not (few or many):
         return F.linear(x, weight, bias)

@@ -371,6 +371,7 @@ class Transformer(Generation, nn.Module):
         """Whether a tensor decides which tokens run: a comparison, so it stays in float32 and whole on every rank."""
         return self.rate_group(name) in ("router", "causal_router")
 
+    @torch.inference_mode(False)  # whose tensors are never packed, for nobody counts their changes: kernels.py
     def to_dtype(self, dtype: torch.dtype) -> "Transformer":
         """The weights in dtype, but what routes in float32: bfloat16 makes ties."""
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:

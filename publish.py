@@ -112,6 +112,8 @@ def card(config, state):
         "vocab_size": f"{cfg.vocab_size:,}",
         "max_position_embeddings": f"{cfg.max_position_embeddings:,}",
         "routed_blocks": len(cfg.routed_layers),
+        "skipped": f"store {'no' if cfg.compact_cache else 'their'} keys and values",
+        "decision": cfg.causal_decision if cfg.router == "learned" else f"{cfg.router} positions",
         "flops_per_token": f"{model.flops_per_token(run['seq_len']):.3g}",
         "seq_len": run["seq_len"],
         "validation_step": losses["step"],
