@@ -245,8 +245,8 @@ def looks(document: dict) -> dict[str, dict]:
 
 
 def draw_training(fig, document: dict):
-    """The validation curve of every run over FLOPs, and over time where that is known, its end marked; beside them the means
-    of an arm's final losses and times.
+    """The validation curve of every arm, the mean of its runs, over FLOPs, and over time where that is known; the end of each
+    run is marked. Beside them the means of an arm's final losses and times.
     """
     look_of, final = looks(document), losses(document, "validation", "causal")
     late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
@@ -261,18 +261,22 @@ def draw_training(fig, document: dict):
     axes[0].set_ylim(min(late) - margin, max(late) + margin)
     for ax, (label, x, values, form) in zip(axes, panels, strict=True):
         ax.set(xlabel=label)
-        for run in document["runs"]:
-            look = look_of[run["arm"]]
-            points = [(x(run, point), point["causal"]) for point in run["curve"]]
-            ax.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6, alpha=0.6)
-            ax.plot(*points[-1], **look, markersize=4.5, clip_on=False)
+        for arm, look in look_of.items():
+            runs = [run for run in document["runs"] if run["arm"] == arm]
+            points = [[(x(run, point), point["causal"]) for point in run["curve"]] for run in runs]
+            line = np.array(
+                [np.mean(at_once, 0) for at_once in zip(*points, strict=False)]
+            )  # evaluated at the same steps
+            ax.plot(*line.T, color=look["color"], linewidth=1, alpha=0.8)
+            for of_run in points:
+                ax.plot(*of_run[-1], **look, markersize=4.5, clip_on=False)
         means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in look_of}
         ends = [
             (statistics.fmean(final[arm].values()), f"{MARKS[look['marker']]} {arm} {means[arm]}", look["color"])
             for arm, look in look_of.items()
         ]
         label_ends(ax, ends, gap=0.05)
-    fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: one line and mark a run")
+    fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: a line an arm, a mark a run")
 
 
 def inference_panels(document: dict) -> list[tuple[str, str, dict[str, float]]]:

@@ -378,7 +378,7 @@ def progress(runs: list[Run], running: list[str], jobs: int) -> str:
         for name in running
     )
     done = f"{sum(run.finished for run in runs)} of {len(runs)} runs"
-    return f"{done}; {now}; {tqdm.format_interval(left / jobs) if rates else '?'} left"
+    return "; ".join(filter(None, (done, now, f"{tqdm.format_interval(left / jobs) if rates else '?'} left")))
 
 
 def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
