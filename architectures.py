@@ -261,6 +261,8 @@ class ControlBlock(RoutedBlock):
         rank = routers.control_rank(router, self.index, ctx.positions, group).expand(
             B, T
         )  # of (T), or (B, 1) in a step
+        if self.calibrating is not None:
+            self.move_border(self.capacity * routers.GROUP - self.offset - rank)
         cut = self.capacity * routers.GROUP - self.offset
         indices = None
         if ctx.mode == "packed" and ctx.lengths is None:

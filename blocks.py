@@ -416,6 +416,7 @@ class RoutedBlock(Block):
         self.gate = cfg.gate or self.default_gate
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
         self.offset = cfg.offsets[cfg.routed_layers.index(index)]  # what the causal decision's border is moved by
+        self.calibrating: float | None = None  # the share of the tokens to which the next causal pass moves it
         if cfg.router == "learned":
             self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
         self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
@@ -527,9 +528,12 @@ class RoutedBlock(Block):
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""
         logits = self.causal_logits(x, ctx, notes)
         if self.config.causal_decision == "threshold":
-            rule, value, cut = "average threshold", score, self.threshold + self.offset
+            rule, value, cut = "average threshold", score, self.threshold
         else:
-            rule, value, cut = "causal router", logits, self.causal_cut + self.offset
+            rule, value, cut = "causal router", logits, self.causal_cut
+        if self.calibrating is not None:
+            self.move_border(value - cut - self.offset)
+        cut = cut + self.offset
         decision = Decision(value > cut, rule, value, cut)
         return self.real(decision, ctx, notes)
 
@@ -678,13 +682,22 @@ class RoutedBlock(Block):
         error = (guess.float() - update.detach().float()).square().mean(-1)  # (B, k)
         return error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
 
-    # -- learning the threshold ---------------------------------------------------------------------------------------
+    # -- learning the threshold, and where the causal decision's border lies -------------------------------------------
 
     @torch.no_grad()
     def update_threshold(self, kth_score: torch.Tensor):
         """Exponential moving average (0.99) of the k-th highest score, from the first value seen."""
         average = torch.lerp(kth_score, self.threshold, 0.99)
         self.threshold.copy_(torch.where(self.threshold.isnan(), kth_score, average))
+
+    @torch.no_grad()
+    def move_border(self, margin: torch.Tensor):
+        """Moves `offset` so that the share `calibrating` of these tokens is selected: margin (B, T), of each above the border."""
+        margins = margin.flatten().sort().values
+        skipped = round((1 - self.calibrating) * len(margins))
+        below = margins[skipped - 1] if skipped else margins[0] - 16  # all, also of other text
+        above = margins[min(skipped, len(margins) - 1)]
+        self.offset += ((below + above) / 2).item()
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 

@@ -54,24 +54,19 @@ def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], flo
 
 
 @torch.no_grad()
-def calibrate(model: Transformer, ids: torch.Tensor, capacity: float, batch_size: int = 8):
+def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
     """Moves the causal decision of every routed layer, its `offset`, so that it selects the share `capacity` of the tokens
     of ids (B, T).
 
-    Layer by layer, from below: what a layer selects changes what the next one reads.
+    In one pass over all of them, since what a layer selects changes what the next one reads.
     """
     for layer in model.routed:
+        layer.calibrating = capacity
         if model.config.causal_decision == "threshold":
             layer.threshold.nan_to_num_()  # where no training has set it there are no margins
-        margins = []
-        for part in ids.split(batch_size):  # through the whole model, which alone gathers what is sharded
-            out = model(part, part, routing="causal", return_masks=True)
-            margins.append(out.tokens[layer.index]["margin"])
-        margins = torch.cat(margins).flatten().sort().values
-        skipped = round((1 - capacity) * len(margins))
-        below = margins[skipped - 1] if skipped else margins[0] - 16  # all, also of other text
-        above = margins[min(skipped, len(margins) - 1)]
-        layer.offset += ((below + above) / 2).item()
+    model(ids, ids, routing="causal")  # through the whole model, which alone gathers what is sharded
+    for layer in model.routed:
+        layer.calibrating = None
 
 
 class Decoder:

@@ -524,7 +524,7 @@ class Run:
         for capacity in sorted({end, *self.choices}):
             self.model.set_capacity(capacity)
             with autocast(self.device, self.dtype):
-                calibrate(self.model, ids, capacity, cfg.batch_size)
+                calibrate(self.model, ids, capacity)
             found[str(capacity)] = [layer.offset for layer in self.model.routed]
         self.model.train()
         if self.sharded:
