@@ -265,8 +265,8 @@ def draw_training(fig, document: dict):
             runs = [run for run in document["runs"] if run["arm"] == arm]
             points = [[(x(run, point), point["causal"]) for point in run["curve"]] for run in runs]
             line = np.array(
-                [np.mean(at_once, 0) for at_once in zip(*points, strict=False)]
-            )  # evaluated at the same steps
+                [np.mean(step, 0) for step in zip(*points, strict=False)]
+            )  # runs are evaluated at the same ones
             ax.plot(*line.T, color=look["color"], linewidth=1, alpha=0.8)
             for of_run in points:
                 ax.plot(*of_run[-1], **look, markersize=4.5, clip_on=False)

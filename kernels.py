@@ -167,14 +167,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """F.linear: (…, n), (m, n), (m) → (…, m), the fastest way that is there for these tensors."""
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows, trains = x.numel() // x.size(-1), torch.is_grad_enabled()
-    few = not trains and x.dtype in PACKS and 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT
-    if few and x.dtype != torch.float32 and not torch.compiler.is_compiling():
-        few = bool(_PACKED)  # what is not packed torch multiplies by oneDNN itself
-    many = ONEDNN and x.dtype == torch.float32 and rows * weight.numel() >= SMALLEST
-    if not (few or many):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if trains else product(x, weight, bias)
+    rows, trains, float32 = x.numel() // x.size(-1), torch.is_grad_enabled(), x.dtype == torch.float32
+    if ONEDNN and float32 and rows * weight.numel() >= SMALLEST:
+        return _Linear.apply(x, weight, bias) if trains else product(x, weight, bias)
+    few = 0 < rows <= FEW_ROWS and weight.numel() >= LARGE_WEIGHT and x.dtype in PACKS
+    # Half precision torch gives to oneDNN itself: only what is packed is faster. Compiled code asks when it runs.
+    if few and not trains and (float32 or torch.compiler.is_compiling() or _PACKED):
+        return product(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _Attention(torch.autograd.Function):
