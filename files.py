@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,18 +84,24 @@ def folder_written_whole(path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def hold(folder, holder):
-    """Keeps other processes from holding a folder, as long as there is a `holder`. Raises CheckpointError if one does."""
-    held = os.open(folder, os.O_RDONLY)
-    weakref.finalize(holder, os.close, held)
+_held: dict[tuple, int] = {}  # {device and inode of a folder: the descriptor that this process holds it by}
+
+
+def hold(folder):
+    """Keeps other processes from holding a folder until this one ends. Raises CheckpointError where another holds it."""
+    about = os.stat(folder)
+    if (about.st_dev, about.st_ino) in _held:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise CheckpointError(
-            f"another run is writing to {folder}: wait for its end, or name another out_dir"
-        ) from None
+        os.close(descriptor)
+        what = f"another run is writing to {folder}: wait for its end, or name another out_dir"
+        raise CheckpointError(what) from None
     except OSError:  # a file system without locks
         pass
+    _held[about.st_dev, about.st_ino] = descriptor
 
 
 def append_lines(path, lines: list[str]):

@@ -457,7 +457,7 @@ class Run:
         if cfg.push_to_hub:  # a name or a token that the hub refuses is found now, not at the end
             publish.reserve(cfg.push_to_hub)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        hold(self.out_dir, self)
+        hold(self.out_dir)
         checkpoint.rewind(self.out_dir, step if self.resumed else -1, complete=step == cfg.max_steps)
         if cfg.wandb_log:
             settings = asdict(cfg) | self.model_config

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from helpers import small_model, toy_data
 
 import device
-import files
 import parallel
 import prepare
 import train
@@ -428,16 +427,17 @@ def test_a_run_that_ends_at_the_checkpoint_it_goes_on_from(data, tmp_path, capsy
 
 
 def test_two_runs_never_write_to_one_folder(data, tmp_path):
-    class Holder:
-        pass
-
-    run, other = [*common(data), "--max_steps=1", f"--out_dir={tmp_path / 'run'}"], Holder()
+    """The other one is another process; this one may come back."""
+    run = [*common(data), "--max_steps=1", f"--out_dir={tmp_path / 'run'}"]
     (tmp_path / "run").mkdir()
-    files.hold(tmp_path / "run", other)
-    with pytest.raises(CheckpointError, match="another run is writing to .*name another out_dir"):
-        train.main(run)
-    del other
+    code = f"import files; files.hold({str(tmp_path / 'run')!r}); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match="another run is writing to .*name another out_dir"):
+            train.main(run)
+        other.communicate(b"\n")
     train.main(run)
+    train.main([*run, "--resume=auto", "--max_steps=2"])
 
 
 def test_metrics_that_vanish_cost_no_checkpoint(data, tmp_path, monkeypatch):
