@@ -98,23 +98,26 @@ def texts(document: dict) -> list[str]:
     )
 
 
-def untimed(document: dict) -> list[str]:
-    """The arms whose speed in training was not measured side by side with the others'. A run's own clock is of its machine
+def timed(document: dict) -> list[str]:
+    """The arms whose speed in training was measured side by side with the reference's. A run's own clock is of its machine
     and of what ran beside it, and says nothing.
     """
     arms = dict.fromkeys([document["reference"], *(run["arm"] for run in document["runs"])])
-    return [arm for arm in arms if "training" not in document["speeds"].get(arm, {})]
+    found = [arm for arm in arms if "training" in document["speeds"].get(arm, {})]
+    return found if document["reference"] in found and len(found) > 1 else []
 
 
 def seconds(document: dict, run: dict, point: dict) -> float:
-    """Training time up to a point of a curve, by speeds that were measured side by side: of documents without `untimed`."""
+    """Training time up to a point of a curve, by speeds that were measured side by side: of `timed` arms."""
     base, own = (document["speeds"][arm]["training"] for arm in (document["reference"], run["arm"]))
     return point["tokens"] / (base["tokens_per_s"] * own["ratio"])
 
 
 def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
-    """The training time that every run reached, and the validation loss there, between the two evaluations next to it."""
-    runs = [run for run in document["runs"] if "validation" in run["losses"]]  # which did not diverge
+    """The training time that every run of a timed arm reached, and the validation loss there, between the two evaluations
+    next to it.
+    """
+    runs = [run for run in document["runs"] if run["arm"] in timed(document) and "validation" in run["losses"]]
     curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in runs]
     shortest = min(times[-1] for _, times in curves)
     found = {id(run): np.interp(shortest, times, [p["causal"] for p in run["curve"]]) for run, times in curves}
@@ -145,7 +148,7 @@ def loss_table(document: dict) -> list[list[str]]:
         add(f"{text}, causal", losses(document, text, "causal"))
         topk = losses(document, text, "topk")
         cells[f"{text}, top-k"] = {arm: spread(of_arm.values()) for arm, of_arm in topk.items()}
-    if document["axis"] == "training" and not untimed(document):
+    if document["axis"] == "training" and timed(document):
         time, values = at_equal_time(document)
         add(f"validation at {time:,.0f} s", values)
     return columns("loss", list(validation), cells)
@@ -205,7 +208,8 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
         arms = dict.fromkeys(run["arm"] for run in document["runs"])
         if (missing := [arm for arm in arms if arm not in measured]) and document["axis"] == "inference":
             notes += f" Not measured, and not in the picture: {', '.join(missing)}."
-    if document["axis"] == "training" and (arms := untimed(document)):
+    arms = [arm for arm in dict.fromkeys(run["arm"] for run in document["runs"]) if arm not in timed(document)]
+    if document["axis"] == "training" and arms:
         notes += f"\nNo losses at equal time: speeds in training were not measured side by side of {', '.join(arms)}."
     parts = ["\n".join(markdown_table(table)) for table in tables]
     parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
@@ -227,7 +231,7 @@ def picture(document: dict):
 
     with matplotlib.rc_context(STYLE):
         if document["axis"] == "training":
-            fig = Figure(figsize=(6.5 if untimed(document) else 12, 4.6), layout="constrained")
+            fig = Figure(figsize=(12 if timed(document) else 6.5, 4.6), layout="constrained")
             draw_training(fig, document)
         else:
             fig = Figure(layout="constrained")
@@ -252,8 +256,8 @@ def draw_training(fig, document: dict):
     late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
     margin = 0.05 * (max(late) - min(late)) + 0.005
     panels = [("training FLOPs", lambda run, point: point["flops"], final, "{:.3f}")]
-    if not untimed(document):
-        times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]))
+    if arms := timed(document):
+        times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]) if run["arm"] in arms else None)
         panels.append(
             ("training time in seconds, by speeds measured in turns", partial(seconds, document), times, "{:,.0f} s")
         )
@@ -261,19 +265,18 @@ def draw_training(fig, document: dict):
     axes[0].set_ylim(min(late) - margin, max(late) + margin)
     for ax, (label, x, values, form) in zip(axes, panels, strict=True):
         ax.set(xlabel=label)
-        for arm, look in look_of.items():
+        shown = {arm: look for arm, look in look_of.items() if values[arm] and final[arm]}
+        for arm, look in shown.items():
             runs = [run for run in document["runs"] if run["arm"] == arm]
             points = [[(x(run, point), point["causal"]) for point in run["curve"]] for run in runs]
-            line = np.array(
-                [np.mean(step, 0) for step in zip(*points, strict=False)]
-            )  # runs are evaluated at the same ones
+            line = np.array([np.mean(step, 0) for step in zip(*points, strict=False)])  # evaluated at the same ones
             ax.plot(*line.T, color=look["color"], linewidth=1, alpha=0.8)
             for of_run in points:
                 ax.plot(*of_run[-1], **look, markersize=4.5, clip_on=False)
-        means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in look_of}
+        means = {arm: form.format(statistics.fmean(values[arm].values())) for arm in shown}
         ends = [
             (statistics.fmean(final[arm].values()), f"{MARKS[look['marker']]} {arm} {means[arm]}", look["color"])
-            for arm, look in look_of.items()
+            for arm, look in shown.items()
         ]
         label_ends(ax, ends, gap=0.05)
     fig.axes[0].set(ylabel="nats per token", title="Validation loss, causal routing: a line an arm, a mark a run")

@@ -307,6 +307,9 @@ def test_times_are_compared_where_they_were_measured_side_by_side(folder, finish
     assert document["speeds"]["dense"] == {"training": document["speeds"]["dense"]["training"] | {"ratio": 1.0}}
     assert set(document["speeds"]["half"]) == {"training"} and not list(tmp_path.glob("runs/*/final_model"))
     assert "validation at " in capsys.readouterr().out and len(comparison.picture(document).axes) == 2
+    alone = document["runs"] + [run | {"arm": "untimed"} for run in document["runs"] if run["arm"] == "half"]
+    _, losses = comparison.at_equal_time(document | {"runs": alone})
+    assert losses["untimed"] == {} and losses["half"] and len(comparison.picture(document | {"runs": alone}).axes) == 2
     run_, rate = document["runs"][-1], document["speeds"]["dense"]["training"]["tokens_per_s"]
     ratio = document["speeds"][run_["arm"]]["training"]["ratio"]
     assert comparison.seconds(document, run_, run_["curve"][-1]) == pytest.approx(run_["tokens"] / (rate * ratio))
