@@ -14,7 +14,7 @@ mkdir -p "$out" || exit 2
 table=$out/gpu.md
 failed=0
 end=$(($(date +%s) + ${SECONDS_IN_ALL:-530}))
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/$out/compiled}" # what one step has compiled, the next finds
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$(cd "$out" && pwd)/compiled}" # what one step has compiled, the next finds
 
 if nvidia-smi >/dev/null 2>&1; then
     shape="--size=0.5B --dtype=bfloat16" wide="--batch_size=16 --seq_len=1024" long="--batch_size=4 --seq_len=4096"
