@@ -117,7 +117,8 @@ def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
     """The training time that every run of a timed arm reached, and the validation loss there, between the two evaluations
     next to it.
     """
-    runs = [run for run in document["runs"] if run["arm"] in timed(document) and "validation" in run["losses"]]
+    arms = timed(document)
+    runs = [run for run in document["runs"] if run["arm"] in arms and "validation" in run["losses"]]
     curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in runs]
     shortest = min(times[-1] for _, times in curves)
     found = {id(run): np.interp(shortest, times, [p["causal"] for p in run["curve"]]) for run, times in curves}
@@ -208,7 +209,8 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
         arms = dict.fromkeys(run["arm"] for run in document["runs"])
         if (missing := [arm for arm in arms if arm not in measured]) and document["axis"] == "inference":
             notes += f" Not measured, and not in the picture: {', '.join(missing)}."
-    arms = [arm for arm in dict.fromkeys(run["arm"] for run in document["runs"]) if arm not in timed(document)]
+    compared = timed(document)
+    arms = [arm for arm in dict.fromkeys(run["arm"] for run in document["runs"]) if arm not in compared]
     if document["axis"] == "training" and arms:
         notes += f"\nNo losses at equal time: speeds in training were not measured side by side of {', '.join(arms)}."
     parts = ["\n".join(markdown_table(table)) for table in tables]

@@ -89,9 +89,8 @@ def chat_prompt(path: str, message: str) -> torch.Tensor:
     if not theirs.chat_template:
         raise ConfigError(f"{directory} has no chat template (chat_template.jinja): leave --chat out")
     try:
-        ids = theirs.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)[
-            "input_ids"
-        ]
+        messages = [{"role": "user", "content": message}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     except TemplateError as error:
         raise ConfigError(f"the chat template of {directory} is faulty: {first_line(error)}") from None
     return torch.tensor(ids)
