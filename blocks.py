@@ -263,12 +263,17 @@ GUESSES = {"predict": Predictor, "linear": LinearGuess}  # what stands in for a 
 
 @dataclass(frozen=True)
 class Kept:
-    """What decides how much a training step keeps: bytes of the numbers, the length of the sequences, the device's type."""
+    """What decides how much a training step keeps: the numbers' formats, the length of the sequences, the device's type."""
 
-    product: int  # of what goes into and comes out of matrix products
-    residual: int  # of the residual stream
+    dtype: torch.dtype  # of what goes into and comes out of matrix products
+    residual: int  # bytes of a number of the residual stream
     seq_len: int
     device: str
+
+    @property
+    def product(self) -> int:
+        """Bytes of what goes into and comes out of a matrix product."""
+        return self.dtype.itemsize
 
 
 class Block(nn.Module):
@@ -341,9 +346,14 @@ class Block(nn.Module):
 
         CUDA's fused RMSNorm keeps a little less than is counted here.
         """
-        d, kv = self.config.hidden_size, self.config.num_key_value_heads * self.config.head_dim
+        d, keys = self.config.hidden_size, self.keys_width(p)
         probabilities = self.config.num_attention_heads * kernels.keys_kept(attending, p.device)
-        return 2 * p.residual * d + p.product * (d + 2 * self.attention_width + 2 * kv + probabilities)
+        return 2 * p.residual * d + p.product * (d + 2 * self.attention_width + keys + probabilities)
+
+    def keys_width(self, p: Kept, masked: bool = False) -> int:
+        """Numbers of one token's keys and values: on CUDA repeated for each query where flash attention does not run."""
+        repeated = p.device == "cuda" and not kernels.flash_runs(p.dtype, masked)
+        return 2 * (self.attention_width if repeated else self.config.num_key_value_heads * self.config.head_dim)
 
     def mlp_activations(self, p: Kept) -> float:
         """The same of the MLP and its norm."""
@@ -730,8 +740,7 @@ class RoutedBlock(Block):
             k = routers.capacity_k(self.capacity, p.seq_len)
             routed += self.attention_activations(p, k if cfg.compact_cache else 0)
             if not cfg.compact_cache:  # keys and values
-                kv = cfg.num_key_value_heads * cfg.head_dim
-                of_all += p.residual * d + p.product * (d + 2 * kv)
+                of_all += p.residual * d + p.product * (d + self.keys_width(p, masked=True))
         if cfg.skip != "identity":
             of_all += self.skip.activations(p)
         return of_all + self.capacity * routed

@@ -371,6 +371,15 @@ def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
             raise CheckpointError(f"{step_dir}: state.json was written by another version of train.py: {e}") from e
 
 
+def merged(directory) -> Transformer:
+    """The plain model of what a run with --lora saved, in float32. Raises ConfigError where there is no adapter."""
+    model = Transformer.from_pretrained(directory)
+    if not model.lora_rank:
+        raise ConfigError(f"{directory} is a plain model already: only what a run with --lora saved can be merged")
+    lora.merge(model)
+    return model
+
+
 def gather(step_dir, directory, shard_size):
     """The model directory of a sharded checkpoint; one file of it is in memory at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -408,7 +417,7 @@ def main(argv):
     what, step_dir, out_dir = cfg.command[0], *map(Path, cfg.command[1:])
     if out_dir.exists():
         raise ConfigError(f"{out_dir} already exists: {what} writes a new directory")
-    merged = None
+    merged_model = None
     if what == "export" and not (step_dir / "state.json").exists():
         inside = steps(step_dir)
         cure = f"name one, such as {inside[-1]}" if inside else "train.py writes them, as step_*"
@@ -418,13 +427,10 @@ def main(argv):
     if (step_dir / "checksums.json").exists() or what == "export":
         verify(step_dir)
     if what == "merge":
-        merged = Transformer.from_pretrained(step_dir)
-        if not merged.lora_rank:
-            raise ConfigError(f"{step_dir} is a plain model already: only what a run with --lora saved can be merged")
-        lora.merge(merged)
+        merged_model = merged(step_dir)
     if cfg.push_to_hub:
         publish.reserve(cfg.push_to_hub)
-    export(step_dir, out_dir, merged)
+    export(step_dir, out_dir, merged_model)
     architecture = json.loads((out_dir / "config.json").read_text())["architecture"]
     print(f"{out_dir}: {architecture}, from {step_dir}", file=sys.stderr)
     if cfg.push_to_hub:

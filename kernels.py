@@ -285,10 +285,10 @@ def attention(q, k, v, mask=None):
     one that is as frugal: torch would keep all H · Q · S scores.
     """
     if mask is None and q.device.type == "cpu" and q.size(2) in WRITTEN_OUT and not torch.compiler.is_compiling():
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+        dtype = product_dtype(q)
         if dtype != torch.float64:
             return _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
-    if q.is_cuda and not flash_runs(q, mask):
+    if q.is_cuda and not flash_runs(product_dtype(q), mask is not None, q.device.index):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     q, k, v = dense_on_mps(q, k, v)
     if mask is None and lets_the_future_in(q):
@@ -306,10 +306,15 @@ def lets_the_future_in(q) -> bool:
     return q.device.type == "mps" and q.dtype.itemsize == 2
 
 
-def flash_runs(q, mask) -> bool:
+def product_dtype(x) -> torch.dtype:
+    """What its products are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def flash_runs(dtype: torch.dtype, masked: bool, gpu: int | None = None) -> bool:
     """Whether CUDA's flash kernel takes it: half precision, no mask, and a GPU of compute capability 8 or newer."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    return mask is None and dtype.itemsize == 2 and capability(q.device.index) >= (8, 0)
+    return not masked and dtype.itemsize == 2 and capability(gpu) >= (8, 0)
 
 
 @constant_to_compiler  # which cannot look into it, and would cut its graph at every attention
@@ -380,15 +385,15 @@ def _fused():
     return _triton().losses_and_gradient if TRITON else _losses_and_gradient
 
 
-def _way(hidden, vocab_size):
+def _way(kind, dtype, vocab_size):
     """How many rows' logits exist at a time, and what makes their losses and their gradient.
 
     A CPU wants chunks that it need not fetch from the system anew. Where products are much faster than sums, as in half
     precision and on a GPU, chunks are few and large, since each adds to the weight's gradient.
     """
-    if hidden.is_cuda and _fused() is not _losses_and_gradient:  # which needs no float32 copies of the logits
+    if kind == "cuda" and _fused() is not _losses_and_gradient:  # which needs no float32 copies of the logits
         return 4096, _fused()
-    on_cpu, half = hidden.device.type == "cpu", hidden.dtype.itemsize == 2
+    on_cpu, half = kind == "cpu", dtype.itemsize == 2
     logits = (1 << 26 if half else 1 << 22) if on_cpu else 1 << 27
     return max(256, logits // vocab_size), _in_pieces if on_cpu and half else _losses_and_gradient
 
@@ -414,7 +419,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher):
         total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
-        rows, losses_and_gradient = _way(hidden, weight.size(0))
+        kind = "cuda" if hidden.is_cuda else hidden.device.type
+        rows, losses_and_gradient = _way(kind, hidden.dtype, weight.size(0))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         share = 1 / (targets != -100).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
@@ -438,6 +444,15 @@ class _HeadLoss(torch.autograd.Function):
         grad = grad * share
         of_hidden, of_weight = (None if g is None else g * grad for g in (grad_hidden, grad_weight))
         return of_hidden, of_weight, None, None
+
+
+def loss_memory(n: int, weight: torch.Tensor, dtype: torch.dtype, device: str) -> float:
+    """Estimated bytes that `head_loss` of n rows in `dtype` holds at its peak on a type of device, beside its inputs."""
+    rows, losses_and_gradient = _way(device, dtype, weight.size(0))
+    in_float32 = 2 * 4 if losses_and_gradient is _losses_and_gradient else 0  # probabilities, of logits that are copied
+    logits = min(n, rows) * weight.size(0) * (dtype.itemsize + in_float32)
+    of_weight = 4 * weight.numel() * (1 + (n > rows)) if weight.requires_grad else 0  # the sum, and what a chunk adds
+    return n * weight.size(1) * dtype.itemsize + logits + of_weight
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:

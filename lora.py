@@ -60,6 +60,15 @@ def adapt(model, **settings):
         parameter.requires_grad_(is_trained(model, name) and name not in scheduled)
 
 
+def lower(model, dtype: torch.dtype):
+    """Puts the frozen weights beside adapters into the format of products, half of their memory: as autocast, which keeps no
+    copy of what is frozen, would in each micro-step. Not to be merged then: `merge` wants them as they were.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "get_base_layer"):
+            layer.get_base_layer().to(dtype)
+
+
 def is_trained(model, name: str) -> bool:
     return model.rate_group(name) != "base"
 

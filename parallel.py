@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_
 from tqdm import tqdm
 
 from blocks import Kept
+from kernels import loss_memory
 from optimizer import OPTIMIZER_BYTES
 
 STARTS = itertools.count()  # of groups, in this process
@@ -130,35 +131,34 @@ def clip_grad_norm(parameters, max_norm, device):
     return norm
 
 
-def activations(model, batch: int, seq_len: int, dtype: torch.dtype, sharded: bool, checkpointing: bool) -> float:
-    """Bytes that the backward pass of (batch, seq_len) tokens keeps, without the loss: what autograd saves of each layer."""
-    residual = dtype.itemsize if sharded else 4  # autocast leaves the residual stream alone
-    kept = Kept(dtype.itemsize, residual, seq_len, model.head_weight.device.type)
-    layers = [layer.activations(kept) for layer in model.model.layers]
-    if checkpointing:
-        return batch * seq_len * (len(layers) * residual * model.config.hidden_size + max(layers))
-    return batch * seq_len * sum(layers)
+def activations(model, cfg, dtype: torch.dtype, device: str) -> float:
+    """Bytes that the backward pass of a micro-batch keeps, without the loss: what autograd saves of each layer."""
+    residual = dtype.itemsize if cfg.parallel == "fsdp" else 4  # autocast leaves the residual stream alone
+    layers = [layer.activations(Kept(dtype, residual, cfg.seq_len, device)) for layer in model.model.layers]
+    kept = sum(layers)
+    if cfg.gradient_checkpointing:
+        kept = len(layers) * residual * model.config.hidden_size + max(layers)
+    return cfg.batch_size * cfg.seq_len * kept
 
 
-def memory(model, cfg, ranks: int, micro_steps: int, dtype: torch.dtype) -> dict[str, float]:
-    """Estimated bytes that one rank holds at the peak of a training step, by what holds them."""
+def memory(model, cfg, ranks: int, micro_steps: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Estimated bytes that one rank holds at the peak of a training step, by what holds them. device: its type."""
     n = sum(p.numel() for p in model.parameters())
+    held = sum(p.numel() * p.itemsize for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_layers = sum(p.numel() for p in model.model.layers.parameters())
     sharded, share = cfg.parallel == "fsdp", 1.0
-    working = 2 * n if dtype.itemsize == 2 else 0  # autocast's copies
+    working = held - 2 * n if dtype.itemsize == 2 else 0  # autocast's copies, of what is in float32
     if sharded:
         share = 0.0 if cfg.offload else 1 / ranks
         ends, block = n - in_layers, in_layers / len(model.model.layers)  # embedding, head, last norm
         working = dtype.itemsize * (ends + 2 * block)  # gathered: the one that runs and the next
     # Between two exchanges of gradients a sharded model's are whole on every rank.
     gradients = 4 * trained * (1 if sharded and micro_steps > 1 else share)
-    vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size
-    logits = min(cfg.batch_size * cfg.seq_len * vocab_size, 1 << 27)  # of a chunk: kernels.py
     return {
-        "weights": 4 * n * share + working,
+        "weights": held * share + working,
         "gradients": gradients,
         "optimizer": OPTIMIZER_BYTES * trained * share,
-        "activations": activations(model, cfg.batch_size, cfg.seq_len, dtype, sharded, cfg.gradient_checkpointing),
-        "loss": 4 * vocab_size * hidden_size + 3 * 4 * logits,  # it knows the head's gradient at once
+        "activations": activations(model, cfg, dtype, device),
+        "loss": loss_memory(cfg.batch_size * cfg.seq_len, model.head_weight, dtype, device),
     }

@@ -375,6 +375,8 @@ class Run:
         shard = partial(parallel.shard, **placed) if self.sharded else None
         size_is_set = "size" in train_set
         model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, self.device, size_is_set)
+        if cfg.lora:
+            lora.lower(model, self.dtype)
         model.model.gradient_checkpointing = cfg.gradient_checkpointing
         if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
             model.config.calibrated = None
@@ -474,7 +476,7 @@ class Run:
         say(f"{cfg.data_dir}: {data.tokens:,} tokens; {cfg.max_steps} steps of {per_step:,} read {epochs:.2f} epochs")
         sharded = ", sharded" if self.sharded else ""
         say(f"{self.device}, {world()} rank(s){sharded}, {self.cfg.dtype}")
-        parts = parallel.memory(model, cfg, world(), self.micro_steps, self.dtype)
+        parts = parallel.memory(model, cfg, world(), self.micro_steps, self.dtype, self.device.type)
         if self.teacher:
             parts["teacher"] = sum(p.nbytes for p in self.teacher.parameters())
         total = f"{sum(parts.values()) / 1e9:.2f} GB = "
@@ -806,9 +808,8 @@ def finish(run: Run, stop: Stop):
         why = f"max_seconds={cfg.max_seconds:g}" if timed_out else signal.Signals(stop.reason).name
         say(f"{why}: stopped and saved in {path}; --resume=auto goes on")
     elif rank() == 0 and not final.exists():
-        if cfg.lora_merge:
-            lora.merge(run.model)
-        checkpoint.export(path, final, run.model if cfg.lora_merge else None)
+        merged = checkpoint.merged(path) if cfg.lora_merge else None
+        checkpoint.export(path, final, merged)
         say(f"done: {final}")
     else:
         say(f"the run in {run.out_dir} is complete: a larger --max_steps goes on")

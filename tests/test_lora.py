@@ -111,6 +111,35 @@ def test_gradients(tmp_path):
         assert max(relative_error(other[name], grad) for name, grad in expected.items() if grad.any()) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_lowered_base_computes_what_autocast_does(architecture, dtype, tmp_path):
+    """To the bit, in half of the memory; what is saved is the same too."""
+    model, ids = adapted(small_model(architecture), tmp_path / "base").train(), random_ids(2, 40)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+
+    def step():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss, causal = model(ids, ids).loss, model(ids, ids, routing="causal").losses["lm"]
+        loss.backward()
+        return [loss, causal] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected, state = step(), {name: tensor.clone() for name, tensor in model.own_state().items()}
+    before = sum(p.nbytes for p in model.parameters())
+    lora.lower(model, dtype)
+    frozen = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    assert sum(p.nbytes for p in model.parameters()) == before - sum(
+        p.nbytes for layer in frozen for p in layer.parameters()
+    )
+    now = step()
+    assert len(now) == len(expected) > 10 and all(map(torch.equal, now, expected))
+    assert state.keys() == model.own_state().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.own_state().items())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_equal_the_flop_counter(architecture, tmp_path):
     model, ids = adapted(small_model(architecture, vocab_size=96, num_hidden_layers=6), tmp_path), random_ids(2, 64)
@@ -198,11 +227,16 @@ def test_adapters_beside_some_of_the_layers(data, start, tmp_path):
 
 
 def test_a_merged_model_has_the_capacity_that_was_reached(data, start, tmp_path):
-    """Also where the run was complete, its model lost, and it is written anew."""
+    """Also where the run was complete, its model lost, and it is written anew; and the weights of its base as they were."""
     keys = ["--lora_merge", "--capacity_start=1.0", "--capacity_anneal_steps=4", f"--out_dir={tmp_path}"]
-    train.main([*arguments(data, start, max_steps=5), *keys])
+    train.main([*arguments(data, start, max_steps=5), *keys, "--dtype=bfloat16"])
     written = (tmp_path / "final_model" / "config.json").read_bytes()
     assert json.loads(written)["capacity"] == 0.5
+    base, final = (Transformer.from_pretrained(path).state_dict() for path in (start / "dense", tmp_path))
+    beside, name = Transformer.from_pretrained(tmp_path / "step_0000005"), "model.layers.1.mlp.up_proj"
+    layer = beside.get_submodule(name)
+    weight = base[f"{name}.weight"] + 32 / 4 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+    assert relative_error(final[f"{name}.weight"], weight) < 1e-5  # products in bfloat16 have it at 2e-3
     shutil.rmtree(tmp_path / "final_model")
     train.main([f"--resume={tmp_path}"])
     assert (tmp_path / "final_model" / "config.json").read_bytes() == written

@@ -249,5 +249,29 @@ def test_activations_are_what_autograd_keeps(architecture, means, dtype, monkeyp
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         model.model(torch.randint(0, 64, (4, 256)))
     saved = sum(size for size, _ in storages.values())
-    estimate = parallel.activations(model, 4, 256, dtype, sharded=False, checkpointing=False)
+    estimate = parallel.activations(model, train.TrainConfig(seq_len=256, batch_size=4), dtype, "cpu")
     assert estimate == pytest.approx(saved, rel=0.08 if means else 0.06)  # the mask over all keys is not counted
+
+
+def test_memory_counts_what_a_gpu_repeats(monkeypatch):
+    """Keys for each of 4 queries of a group where flash cannot run, and chunks of 4,096 rows where Triton makes the loss."""
+    shape = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    model = Transformer(ModelConfig("mod", vocab_size=1000, routed_layers=[1], kv="all", capacity=0.5, **shape))
+    cfg = train.TrainConfig(seq_len=256, batch_size=32)
+    monkeypatch.setattr(kernels, "capability", lambda gpu: (9, 0))
+
+    def estimate(dtype, device):
+        return parallel.memory(model, cfg, 1, 1, dtype, device)
+
+    repeated = 2 * (8 - 2) * 16 * 256 * 32  # numbers of one layer
+    for dtype, layers in ((torch.bfloat16, 1), (torch.float32, 3 + 1 + 0.5)):
+        plain, on_gpu = (estimate(dtype, device)["activations"] for device in ("mps", "cuda"))
+        assert on_gpu - plain == pytest.approx(layers * repeated * dtype.itemsize)
+    monkeypatch.setattr(kernels, "_fused", lambda: kernels._losses_and_gradient)
+    torchs = estimate(torch.bfloat16, "cuda")["loss"]
+    monkeypatch.setattr(kernels, "_fused", lambda: "in Triton")
+    fused = estimate(torch.bfloat16, "cuda")["loss"]
+    assert torchs == 8192 * 128 * 2 + 8192 * 1000 * (2 + 8) + 4 * 1000 * 128
+    assert fused == 8192 * 128 * 2 + 4096 * 1000 * 2 + 2 * 4 * 1000 * 128
+    model.requires_grad_(False)
+    assert estimate(torch.bfloat16, "cuda")["loss"] == fused - 2 * 4 * 1000 * 128
