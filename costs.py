@@ -82,7 +82,7 @@ def speeds(runs: dict[str, tuple], reference: str, name: str) -> dict[str, dict]
 
     size = min(B, given[name]["batch_size"])
     calls = {each: training_steps(model, given[each], x[:size], y[:size], context) for each, model in models.items()}
-    take("training", size * T, calls, {each: len(choices(settings)) for each, settings in given.items()})
+    take("training", size * T, calls, {each: micro_batches(settings) for each, settings in given.items()})
     if not trained:
         return found
     with torch.inference_mode():
@@ -103,9 +103,14 @@ def choices(settings: dict) -> list:
     return settings.get("capacity_choices") or [None]
 
 
+def micro_batches(settings: dict) -> int:
+    """How many a call of `training_steps` runs."""
+    return len(choices(settings)) * settings["grad_accum_steps"]
+
+
 def training_steps(model, settings: dict, x, y, context):
-    """A call that does what steps of the run did, one at each capacity, on one micro-batch and at rate 0: the weights stay
-    as they are.
+    """A call that does what steps of the run did, one at each capacity, on one and the same micro-batch and at rate 0: the
+    weights stay as they are.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     parent, trained = settings.get("distill_from"), model.config.capacity
@@ -117,9 +122,10 @@ def training_steps(model, settings: dict, x, y, context):
         for capacity in choices(settings):
             if capacity is not None:
                 model.set_capacity(capacity)
-            with context:
-                out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
-            out.loss.backward()
+            for _ in range(settings["grad_accum_steps"]):
+                with context:
+                    out = model(x, y, teacher=(teacher.model(x)[0], teacher.head_weight) if teacher else None)
+                out.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if model.routed:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import toy_data
 from tokenizers import Tokenizer, models
 
@@ -247,6 +249,17 @@ def test_a_model_that_settings_do_not_rebuild_is_not_timed_as_another():
     assert not any(
         costs.is_rebuilt(settings | k) for k in ({"keep_layers": [0]}, {"lora": True}, {"routed_layers": "auto"})
     )
+
+
+def test_a_timed_step_is_a_step_of_the_run(monkeypatch):
+    """Three micro-batches at each of two capacities, then one step of the optimizer."""
+    model, calls = Transformer(ModelConfig("mod", **SHAPE, num_key_value_heads=1)), []
+    model.forward = lambda x, y, teacher: calls.append(model.config.capacity) or Transformer.forward(model, x, y)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: calls.append("step"))
+    settings = {"grad_accum_steps": 3, "capacity_choices": [0.5, 1.0], "device": "cpu", "dtype": "float32"}
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    costs.training_steps(model, settings, ids, ids, nullcontext())()
+    assert calls == [0.5, 0.5, 0.5, "step", 1.0, 1.0, 1.0, "step"] and costs.micro_batches(settings) == 6
 
 
 def test_runs_that_diverged_or_lost_their_files(folder, finished, tmp_path, capsys):
