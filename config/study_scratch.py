@@ -50,6 +50,9 @@ arms = {
     "random": _mod | {"capacity": 0.5, "router": "random"},
     "positional": _mod | {"capacity": 0.5, "router": "positional"},
 }
+# Each at the other's rate.
 arms |= {f"{name}_slow": arms[name] | {"lr_base": 2e-3, "lr_prior": 2e-3} for name in arms if name.startswith("dense")}
+_fast = ("mod_0.125", "mod_0.5", "random")
+arms |= {f"{name}_fast": arms[name] | {"lr_base": 4e-3, "lr_prior": 4e-3} for name in _fast}
 seeds = [1, 2, 3]
 reference = "dense"
