@@ -5,10 +5,11 @@
     python bench.py --tasks=flops --size=7B                           what is counted, per component
     python bench.py --tasks=perplexity --model_path=out/demo/dtf-1 --text=README.md
     python bench.py --tasks=capacity --model_path=out/demo/dtf-1      loss against compute, table and picture
+    python bench.py --tasks=copying --model_path=out/demo/dtf-1       loss of random tokens, and read once more
     python bench.py --tasks=general,math --model_path=out/dtf_05b --batch_size=8
     torchrun --standalone --nproc_per_node=8 bench.py --tasks=general --model_path=out/dtf_05b
 
-Tasks are speed, flops, perplexity and capacity; the suites general, math, code and quick_test; names of lm-eval tasks;
+Tasks are speed, flops, perplexity, capacity and copying; the suites general, math, code and quick_test; names of lm-eval tasks;
 lm-eval task files (*.yaml), and folders of them. Each prints a table; the last line is all of it as JSON. Exit status 1:
 a task could not be run (it is named on stderr), the others were; or something is slower than in the baseline.
 
@@ -40,11 +41,11 @@ from harness import evaluate, find_tasks, log_to_wandb
 from model import Capacity, ModelConfig
 from parallel import local_rank, rank, say, start_ranks, world
 from publish import git_revision
-from scoring import capacity_sweep, perplexity
+from scoring import capacity_sweep, copying, perplexity
 from speed import MEASURES, ROUTED, Measure, flops_table, read_baseline, regressions, speed, speed_models, variant
 from trained import open_model
 
-OWN_TASKS = ("speed", "flops", "perplexity", "capacity")  # the others are lm-eval's
+OWN_TASKS = ("speed", "flops", "perplexity", "capacity", "copying")  # the others are lm-eval's
 
 
 @dataclass
@@ -116,7 +117,7 @@ def check(argv):
     if cfg.model_path and (model_set or "size" in bench_set):
         given = ", ".join([*model_set, *(["size"] if "size" in bench_set else [])])
         raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {given}")
-    single = [task for task in cfg.tasks if task in OWN_TASKS and task != "perplexity"]
+    single = [task for task in cfg.tasks if task in OWN_TASKS and task not in ("perplexity", "copying")]
     if single and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"tasks={','.join(single)} measure one process: run them without torchrun")
     names = [task for task in cfg.tasks if task not in OWN_TASKS]
@@ -182,6 +183,8 @@ def main(argv):
         document["perplexity"] = perplexity(cfg, model, tokenizer)
     if "capacity" in cfg.tasks:
         document["capacity"] = capacity_sweep(cfg, model, tokenizer)
+    if "copying" in cfg.tasks:
+        document["copying"] = copying(cfg, model, tokenizer)
     path, missing = cfg.output_path, []
     if tasks:
         path = cfg.lm_eval_path

@@ -1,4 +1,5 @@
-"""Log-probabilities of text under a model; its perplexity; its loss at every capacity that its routers are brought to.
+"""Log-probabilities of text under a model; its perplexity; what it copies; its loss at every capacity that its routers are
+brought to.
 
 `cfg` is bench.py's settings. All ranks of torchrun call `score` and share its work.
 """
@@ -167,6 +168,29 @@ def perplexity(cfg, model: Transformer, tokenizer) -> list[dict]:
     print()
     print_table(table)
     return rows
+
+
+COPIED = 16  # sequences that are read twice
+
+
+def copying(cfg, model: Transformer, tokenizer) -> dict:
+    """Loss of random ids, and of the same ids read once more, under causal routing: what a model has learnt to copy from its
+    context (induction heads: Olsson et al. 2022, arXiv 2209.11895). Prints a table.
+
+    seq_len tokens are half of either; the first of the second half, which nothing foretells, counts in none.
+    """
+    n, longest = cfg.seq_len // 2, model.config.max_position_embeddings
+    if not 2 <= n <= longest // 2:
+        raise ConfigError(f"seq_len={cfg.seq_len} must lie between 4 and max_position_embeddings={longest}")
+    size, special = min(tokenizer.get_vocab_size(), model.config.vocab_size), tokenizer.get_added_tokens_decoder()
+    words = [i for i in range(size) if i not in special]
+    chosen = torch.randint(len(words), (COPIED, n), generator=torch.Generator().manual_seed(0))
+    requests = [(text[:-1], row[1:]) for row in torch.tensor(words)[chosen] for text in (row, row.repeat(2))]
+    losses = [-logprob / (n - 1) for logprob, _ in score(model, requests, "causal", cfg.batch_size, "copying")]
+    found = {name: statistics.mean(losses[i::2]) for i, name in enumerate(("first", "again"))}
+    print()
+    print_table([["copying, random ids", "loss"], *([name, f"{loss:.4f}"] for name, loss in found.items())])
+    return found | {"sequences": COPIED, "tokens": n}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

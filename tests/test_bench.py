@@ -340,6 +340,23 @@ def test_perplexity_is_that_of_each_token_behind_its_window(routing, folders, to
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT[:330].encode()), rel=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["dense", "mod"])
+def test_copying_is_the_loss_of_what_was_read_before(architecture, folders, tokenizer, capsys):
+    """By one forward pass over both halves."""
+    keys = [f"--model_path={folders[architecture]}", "--tasks=copying", "--seq_len=41", "--batch_size=3"]
+    found = run(capsys, *keys)[0]["copying"]
+    assert (found["sequences"], found["tokens"]) == (16, 20)
+    words = [i for i in range(VOCAB) if i not in tokenizer.get_added_tokens_decoder()]
+    rows = torch.tensor(words)[torch.randint(len(words), (16, 20), generator=torch.Generator().manual_seed(0))]
+    ids = rows.repeat(1, 2)
+    with torch.no_grad():
+        logits = Transformer.from_pretrained(folders[architecture])(ids, routing="causal").logits
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(16, 39)
+    assert found["first"] == pytest.approx(losses[:, :19].mean().item(), rel=1e-4)
+    assert found["again"] == pytest.approx(losses[:, 20:].mean().item(), rel=1e-4)
+    assert losses[:, 19].mean().item() != pytest.approx(found["first"], rel=1e-4)
+
+
 def token_folder(folder, documents, tokenizer):
     """A token folder of one source, as prepare.py writes it; documents: its validation split."""
     ids = np.array([i for text in documents for i in [*tokenizer.encode(text).ids, 0]], dtype="<u2")
@@ -587,6 +604,8 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
         ("--model_path={dtf} --hidden_size=4", ConfigError, "has its own configuration: drop hidden_size"),
         ("--model_path={dtf} --tasks=perplexity --text=no/such --seq_len=64", DataError, "no/such is no data folder"),
         ("--model_path={dtf} --tasks=perplexity --seq_len=999", ConfigError, "max_position_embeddings=256"),
+        ("--model_path={dtf} --tasks=copying --seq_len=3", ConfigError, "seq_len=3 must lie between 4 and"),
+        ("--model_path={dtf} --tasks=copying --seq_len=258", ConfigError, "max_position_embeddings=256"),
         ("--model_path={dense} --tasks=capacity", ConfigError, "is dense: it has no capacity to sweep"),
         ("--model_path={dtf} --tasks={empty}", ConfigError, "holds no lm-eval task"),
         ("--model_path={dtf} --seq_len=250", ConfigError, "lower seq_len, decode_steps or repeats"),
