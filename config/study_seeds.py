@@ -26,7 +26,8 @@ _names = ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth", "
 arms = {name: _screening["arms"][name] for name in _names}
 arms |= {name: arms[name] | {"capacity_choices": [0.125]} for name in ("mod_eighth", "mod_eighth_linear")}
 arms |= {f"{name}_slow": keys | {"lr_base": 1e-4} for name, keys in arms.items()}
-arms |= {f"{name}_distilled": arms[name] | {"distill_from": "out/smollm2"} for name in ("dense", "drop", "mod_eighth")}
+_taught = ("dense", "drop", "mod_eighth", "mod_eighth_linear")
+arms |= {f"{name}_distilled": arms[name] | {"distill_from": "out/smollm2"} for name in _taught}
 arms["drop_taught"] = arms["drop"] | {"distill_from": "out/adapted"}
 # More speeds, and what each means is worth to mod_eighth.
 _mod = arms["mod_eighth"]
