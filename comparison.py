@@ -82,11 +82,13 @@ def against(document: dict, reference: str) -> dict[str, dict]:
 
 
 def losses(document: dict, text: str, routing: str) -> dict[str, dict[int, float]]:
-    """Those on the text, of the length that the study asks for: others were judged on another part of it."""
+    """Those on the text as the study has it and of the length that it asks for: others are of another text, or part of it."""
+    data = document.get("judged", {}).get(text)
 
     def loss(run):
         found = run["losses"].get(text, {})
-        return found.get(routing) if found.get("limit") in (None, document.get("judge_tokens")) else None
+        same = found.get("limit") in (None, document.get("judge_tokens")) and found.get("data") in (None, data)
+        return found.get(routing) if same else None
 
     return per_run(document, loss)
 
@@ -120,7 +122,7 @@ def at_equal_time(document: dict) -> tuple[float, dict[str, dict[int, float]]]:
     arms = timed(document)
     runs = [run for run in document["runs"] if run["arm"] in arms and "validation" in run["losses"]]
     curves = [(run, [seconds(document, run, point) for point in run["curve"]]) for run in runs]
-    shortest = min(times[-1] for _, times in curves)
+    shortest = min((times[-1] for _, times in curves), default=0.0)
     found = {id(run): np.interp(shortest, times, [p["causal"] for p in run["curve"]]) for run, times in curves}
     return shortest, per_run(document, lambda run: float(found[id(run)]) if id(run) in found else None)
 
@@ -195,8 +197,7 @@ def write(document: dict, results: str):
 
 
 def report(document: dict, results: str, picture_path: str):
-    """Prints the tables; writes the document to `results`, the tables beside it as .md, and the picture."""
-    write(document, results)
+    """Prints the tables of a document that is in `results`; writes them beside it as .md, and the picture."""
     save_figure(picture(document), picture_path)
     tables = loss_table(document), cost_table(document)
     notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
@@ -209,6 +210,8 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
         arms = dict.fromkeys(run["arm"] for run in document["runs"])
         if (missing := [arm for arm in arms if arm not in measured]) and document["axis"] == "inference":
             notes += f" Not measured, and not in the picture: {', '.join(missing)}."
+    if diverged := [f"{run['arm']}-{run['seed']}" for run in document["runs"] if "validation" not in run["losses"]]:
+        notes += f"\nDiverged, and in no mean: {', '.join(diverged)}."
     compared = timed(document)
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in document["runs"]) if arm not in compared]
     if document["axis"] == "training" and arms:
@@ -255,11 +258,15 @@ def draw_training(fig, document: dict):
     run is marked. Beside them the means of an arm's final losses and times.
     """
     look_of, final = looks(document), losses(document, "validation", "causal")
-    late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]]
+    late = [p["causal"] for run in document["runs"] for p in run["curve"] if 2 * p["tokens"] >= run["tokens"]] or [0.0]
     margin = 0.05 * (max(late) - min(late)) + 0.005
     panels = [("training FLOPs", lambda run, point: point["flops"], final, "{:.3f}")]
     if arms := timed(document):
-        times = per_run(document, lambda run: seconds(document, run, run["curve"][-1]) if run["arm"] in arms else None)
+
+        def time(run):
+            return seconds(document, run, run["curve"][-1]) if run["arm"] in arms and run["curve"] else None
+
+        times = per_run(document, time)
         panels.append(
             ("training time in seconds, by speeds measured in turns", partial(seconds, document), times, "{:,.0f} s")
         )
@@ -269,7 +276,7 @@ def draw_training(fig, document: dict):
         ax.set(xlabel=label)
         shown = {arm: look for arm, look in look_of.items() if values[arm] and final[arm]}
         for arm, look in shown.items():
-            runs = [run for run in document["runs"] if run["arm"] == arm]
+            runs = [run for run in document["runs"] if run["arm"] == arm and run["curve"]]
             points = [[(x(run, point), point["causal"]) for point in run["curve"]] for run in runs]
             line = np.array([np.mean(step, 0) for step in zip(*points, strict=False)])  # evaluated at the same ones
             ax.plot(*line.T, color=look["color"], linewidth=1, alpha=0.8)
@@ -302,8 +309,10 @@ def inference_panels(document: dict) -> list[tuple[str, str, dict[str, float]]]:
 def draw_inference(fig, document: dict):
     """Loss over each speed that was measured, relative to the reference's; over FLOPs before one is."""
     arms, reference = {run["arm"] for run in document["runs"]}, document["reference"]
-    scored = {text: {run["arm"] for run in document["runs"] if text in run["losses"]} for text in texts(document)}
-    text = next(text for text in scored if scored[text] == arms)  # all have validation
+    scored = {
+        text: {arm for arm, of_arm in losses(document, text, "causal").items() if of_arm} for text in texts(document)
+    }
+    text = next((text for text in scored if scored[text] == arms), "validation")  # of all that have not diverged
     values, panels = losses(document, text, "causal"), inference_panels(document)
     look_of, rows = looks(document), min(2, len(panels))
     columns_of_panels = -(-len(panels) // rows)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from errors import CheckpointError
@@ -102,6 +102,19 @@ def hold(folder):
     except OSError:  # a file system without locks
         pass
     _held[about.st_dev, about.st_ino] = descriptor
+
+
+@contextmanager
+def locked(folder):
+    """Waits for other processes that are in such a block, where the file system has locks."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def append_lines(path, lines: list[str]):

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-import runpy
+import shlex
 import shutil
 import signal
 import statistics
@@ -25,7 +25,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -37,16 +36,17 @@ from configurator import Count, cli, configure, problems
 from data import read_manifest
 from device import device_name
 from errors import ConfigError, DataError, UserError, first_line
-from files import sha256, write_whole
-from model import Transformer
+from files import locked, sha256, write_whole
+from model import ModelConfig, Transformer
 from parallel import say
 from publish import git_revision
+from train import TrainConfig
 
 ROOT = Path(__file__).parent
 OURS = ("out_dir", "seed", "resume")  # keys of train.py that a study sets itself
 # What train.py takes where a setting is not given: needed to know how many steps come to so many FLOPs.
-DEFAULTS = {"data_dir": "data/stdlib", "init_from": "scratch", "size": "demo", "max_steps": 600}
-DEFAULTS |= {"seq_len": 256, "batch_size": 8, "grad_accum_steps": 1}
+DEFAULTS = ("data_dir", "init_from", "size", "max_steps", "seq_len", "batch_size", "grad_accum_steps")
+DEFAULTS = {name: getattr(TrainConfig, name) for name in DEFAULTS}
 
 
 @dataclass
@@ -144,31 +144,31 @@ def plan(cfg: StudyConfig) -> list[Run]:
     """What is finished and what is to be run, every arm with the first seed, then with the next. Raises ConfigError."""
     recorded = {(run["arm"], run["seed"]): run for run in reported(cfg).get("runs", [])}
     steps_of = {arm: run["settings"]["max_steps"] for (arm, _), run in recorded.items()}
-    base, keys_of, found = {}, {}, {}
-    for path in cfg.configs:
-        base |= {name: value for name, value in read_config(path).items() if name not in OURS}
+    given, found = {}, {}  # {arm: what it adds to the command line, and all settings}
     for arm, own in cfg.arms.items():
-        keys_of[arm] = keys = cfg.common | own
-        if "flops" not in keys:
-            continue
+        keys = cfg.common | own
+        flops = keys.pop("flops", None)
         try:
-            keys["max_steps"] = steps_for(keys.pop("flops"), "max_steps" in keys, DEFAULTS | base | keys)
+            settings = settings_of(cfg.configs, keys)
+            if flops is not None:
+                keys["max_steps"] = settings["max_steps"] = steps_of.get(arm, 0)  # where there is no data to count by
+                keys["max_steps"] = settings["max_steps"] = steps_for(flops, "max_steps" in cfg.common | own, settings)
+            given[arm] = keys, settings
         except DataError as e:
+            given[arm] = keys, settings
             if not cfg.report:  # which needs no data
                 found.setdefault(str(e), []).append(arm)
-            keys["max_steps"] = steps_of.get(arm, 0)
         except UserError as e:
             found.setdefault(str(e), []).append(arm)
     if found:
         raise ConfigError("; ".join(f"arm {', '.join(arms)}: {error}" for error, arms in found.items()))
     runs = []
     for seed in dict.fromkeys([*cfg.seeds, *(seed for _, seed in recorded)]):
-        for arm, keys in keys_of.items():
+        for arm, (keys, settings) in given.items():
             folder = Path(cfg.out_dir) / f"{arm}-{seed}"
-            command = ["train.py", *cfg.configs, *(f"--{name}={value}" for name, value in keys.items())]
+            command = ["train.py", *cfg.configs, *arguments(keys)]
             command += [f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
-            settings = json.loads(json.dumps(DEFAULTS | base | keys | {"seed": seed}))
-            run = Run(arm, seed, folder, command, settings, recorded.get((arm, seed)))
+            run = Run(arm, seed, folder, command, settings | {"seed": seed}, recorded.get((arm, seed)))
             if run.finished or cfg.asks(arm, seed):
                 runs.append(run)
     return runs
@@ -182,14 +182,16 @@ def reported(cfg: StudyConfig) -> dict:
         raise ConfigError(f"results={cfg.results} is damaged: {first_line(e)}; remove it, or put it back") from None
 
 
-def read_config(path: str) -> dict:
-    """The settings of a config file of train.py."""
-    try:
-        names = runpy.run_path(path)
-    except Exception as e:  # noqa: BLE001, it is the user's own program
-        raise ConfigError(f"config file {path}: {type(e).__name__}: {e}") from None
-    hidden = {name for name, value in names.items() if callable(value) or isinstance(value, ModuleType)}
-    return {name: value for name, value in names.items() if name not in hidden and not name.startswith("_")}
+def arguments(keys: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in keys.items()]
+
+
+def settings_of(configs: list[str], keys: dict) -> dict:
+    """What train.py takes from config files and keys, as JSON holds it, and DEFAULTS. Raises ConfigError."""
+    train_set, model_set = configure(__doc__, [*configs, *arguments(keys)], TrainConfig, ModelConfig)
+    TrainConfig(**train_set)
+    given = {name: value for name, value in (train_set | model_set).items() if name not in OURS}
+    return json.loads(json.dumps(DEFAULTS | given))
 
 
 def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
@@ -198,6 +200,8 @@ def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     unclear += ["capacity_choices"] if len(set(settings.get("capacity_choices", []))) > 1 else []
     if unclear or steps_are_given:
         raise ConfigError(f"flops and {(unclear or ['max_steps'])[0]} do not go together: leave one out")
+    if not isinstance(flops, int | float) or flops <= 0:
+        raise ConfigError(f"flops={flops!r} must be a number above 0")
     config = costs.config_of(settings)
     with torch.device("meta"):
         per_token = Transformer(config).flops_per_token(settings["seq_len"], training=True)
@@ -208,9 +212,9 @@ def steps_for(flops: float, steps_are_given: bool, settings: dict) -> int:
     return steps
 
 
-def digest(data_dir: str) -> str | None:
-    """What tells a data folder from another: the SHA-256 of its manifest, which holds those of its files."""
-    path = Path(data_dir) / "manifest.json"
+def digest(text: str) -> str | None:
+    """What tells a text file or a data folder from another: its SHA-256, or its manifest's, which holds those of its files."""
+    path = Path(text) / "manifest.json" if Path(text).is_dir() else Path(text)
     return sha256(path) if path.exists() else None
 
 
@@ -284,9 +288,13 @@ class Children:
 
 
 def unjudged(cfg: StudyConfig, run: Run) -> list[str]:
-    """The texts on which a run's final model is not scored yet."""
-    judged = run.kept("judge.json")
-    return [text for text in cfg.judge if judged.get(text, {}).get("limit") != cfg.judge_tokens]
+    """The texts on which a run's final model is not scored yet, as they are now and as far as is asked."""
+    judged = {text: run.kept("judge.json").get(text, {}) for text in cfg.judge}
+    return [
+        text
+        for text, found in judged.items()
+        if found.get("limit") != cfg.judge_tokens or found.get("data", digest(text)) != digest(text)
+    ]
 
 
 def to_do(cfg: StudyConfig, run: Run) -> bool:
@@ -354,7 +362,8 @@ def judge(cfg: StudyConfig, run: Run, text: str, children: Children, log):
     for routing in {row["routing"] for row in rows}:
         mine = {row["text"]: row["loss"] for row in rows if row["routing"] == routing}
         losses[routing] = sum(sizes[name] * loss for name, loss in mine.items()) / sum(sizes.values())
-    losses = {"topk": losses["causal"], "limit": cfg.judge_tokens} | losses  # dense: the two are one
+    losses = {"topk": losses["causal"]} | losses  # dense: the two are one
+    losses |= {"limit": cfg.judge_tokens, "data": digest(text)}
     write_whole(run.folder / "judge.json", run.kept("judge.json") | {text: losses})
     found.unlink()
 
@@ -396,11 +405,11 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
                 if why := future.result():
                     failed[futures[future].name] = why
                     say(f"{futures[future].name} failed, see {futures[future].log}: {why}")
-                if complete_ones := done_with(cfg, runs):  # whatever becomes of this machine
-                    comparison.write(document_of(cfg, complete_ones), cfg.results)
+                keep(cfg, done_with(cfg, runs))  # whatever becomes of this machine
             if (done and not children.signal) or terminal or time.monotonic() > said + 60:
                 said, line = time.monotonic(), progress(runs, list(children.running), cfg.jobs)
-                print(f"\r\x1b[K{line[:150]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r\x1b[K{line[:width]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
     if terminal:
         print(file=sys.stderr)
     children.release_signals()
@@ -441,7 +450,7 @@ def measure(cfg: StudyConfig, finished: list[Run]):
 # The report
 
 
-def record(run: Run) -> dict | None:
+def record(cfg: StudyConfig, run: Run) -> dict | None:
     """What the results keep of a finished run, see comparison.py; None where its folder no longer says what it was."""
     lines, about = run.metrics(), run.kept("study.json")
     evaluated = [line for line in lines if "val/loss" in line and "val/loss_causal" in line]
@@ -457,8 +466,10 @@ def record(run: Run) -> dict | None:
     last, losses = evaluated[-1] | {"seconds": round(seconds, 3)}, {}
     if curve and curve[-1]["tokens"] == last["tokens"]:  # else it diverged
         losses["validation"] = {routing: curve[-1][routing] for routing in ("causal", "topk")}
-    losses |= {Path(text).name: judged for text, judged in run.kept("judge.json").items()}
-    document = {"arm": run.arm, "seed": run.seed, "command": " ".join(about["command"]), "git": about["git"]}
+    judged = run.kept("judge.json")
+    for text in sorted(judged, key=lambda text: text in cfg.judge):  # of one name, that which is asked for
+        losses[Path(text).name] = judged[text]
+    document = {"arm": run.arm, "seed": run.seed, "command": shlex.join(about["command"]), "git": about["git"]}
     document |= {"settings": run.settings, "data": about.get("data")}
     document |= {name: last[name] for name in ("tokens", "flops", "seconds")}
     return document | {"losses": losses, "costs": run.kept("costs.json"), "curve": curve}
@@ -478,7 +489,8 @@ def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     document["speeds"] = comparison.against(before, cfg.reference)  # also of arms that the config no longer has
     document["speeds"] |= {arm: speed["speeds"] for arm, speed in measured.items()}
     document["measured_on"] = before.get("measured_on", {}) | {arm: speed["where"] for arm, speed in measured.items()}
-    records = [record(run) for run in finished]
+    document["judged"] = before.get("judged", {}) | {Path(text).name: digest(text) for text in cfg.judge}
+    records = [record(cfg, run) for run in finished]
     for run in (run for run, of_run in zip(finished, records, strict=True) if of_run is None):
         say(
             f"{run.folder} has lost its metrics.jsonl or study.json and is left out: remove it, and it is trained again"
@@ -486,17 +498,33 @@ def document_of(cfg: StudyConfig, finished: list[Run]) -> dict:
     return document | {"runs": [of_run for of_run in records if of_run] + others}
 
 
+def keep(cfg: StudyConfig, finished: list[Run]) -> dict | None:
+    """Writes the results of `finished` runs beside what another study has put there. Returns the document, None without any."""
+    if not finished:
+        return None
+    try:
+        with locked(Path(cfg.results).parent):
+            document = document_of(cfg, finished)
+            comparison.write(document, cfg.results)
+            return document
+    except OSError as e:
+        say(f"warning: {cfg.results} is not written: {e}; what was measured is in {cfg.out_dir}")
+
+
 def main(argv: list[str]):
     (settings,) = configure(__doc__, argv, StudyConfig)
     cfg = StudyConfig(**settings)
+    missing = [text for text in cfg.judge if not os.path.exists(text)]
+    if missing and not cfg.report:
+        raise ConfigError(f"judge={','.join(missing)} is not there: name text files or folders of tokens")
     runs = plan(cfg)
     refuse_changed(cfg, runs)
     failed = {} if cfg.report else execute(cfg, runs)
     finished = [run for run in runs if run.finished] if cfg.report else done_with(cfg, runs)
     if not cfg.report:
         measure(cfg, finished)
-    if finished:
-        comparison.report(document_of(cfg, finished), cfg.results, cfg.picture)
+    if document := keep(cfg, finished):
+        comparison.report(document, cfg.results, cfg.picture)
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     if failed or not finished:

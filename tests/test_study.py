@@ -30,7 +30,7 @@ RUN |= {"eval_interval": 20, "eval_batches": 2, "device": "cpu", "flops": 1.5e9,
 CONFIG = """
 out_dir, configs, results, picture = {folder!r} + "/runs", [{folder!r} + "/base.py"], {folder!r} + "/r.json", {folder!r} + "/p.png"
 common = {common}
-arms = {{"dense": {{}}, "half": {{"architecture": "dtf"}}, "broken": {{"lr_base": "no number"}}}}
+arms = {{"dense": {{}}, "half": {{"architecture": "dtf"}}, "broken": {{"eval_tasks": "no_such_task"}}}}
 seeds, judge, judge_tokens, jobs = [1, 2], [{folder!r} + "/data"], 320, 2
 """
 
@@ -103,7 +103,7 @@ def test_a_second_time_nothing_is_done_but_what_failed(folder, finished, capsys)
     assert len(before) >= 4 * 7 and run(folder, "--seeds=1", "--only=half,broken") == 1
     assert before == {path: path.stat().st_mtime_ns for path in before}
     error = capsys.readouterr().err
-    assert "broken-1 failed" in error and "'no number' is not float" in error
+    assert "broken-1 failed" in error and "no_such_task" in error
     assert "4 of 5 runs are finished" in error and "dense-1 failed" not in error
     assert len(json.loads((folder / "r.json").read_text())["runs"]) == 4, "what is not asked for again stays"
 
@@ -207,6 +207,61 @@ def test_another_machine_goes_on_from_the_results(folder, finished, tmp_path, ca
         assert one | clocks == other | clocks  # a run repeated elsewhere has the same losses
     with pytest.raises(ConfigError, match="half-1: lr_base was 0.01 and is now 0.02"):
         run(folder, *elsewhere, "--common", str(RUN | SHAPE | {"lr_base": 0.02}))
+
+
+def test_settings_are_those_that_train_takes(folder):
+    """Texts of a config become numbers and lists; what train.py would refuse is refused before anything runs."""
+    keys = {"capacity_choices": 0.5, "seq_len": "64", "init_from": folder / "parent", "lr_base": 1}
+    settings = study.settings_of([str(folder / "base.py")], keys)
+    assert settings["capacity_choices"] == [0.5] and settings["seq_len"] == 64 and settings["max_steps"] == 3
+    assert settings["init_from"] == str(folder / "parent") and type(settings["lr_base"]) is float
+    for wrong, said in (
+        ({"lr_base": "no number"}, "arm dense.*lr_base.*'no number' is not float"),
+        ({"lr_bse": 1}, "did you mean lr_base?"),
+        ({"offload": True}, "offload=True needs parallel=fsdp"),
+        ({"flops": 0}, "flops=0 must be a number above 0"),
+        ({"flops": "1e9"}, "flops='1e9' must be a number above 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(folder, "--common", str(RUN | SHAPE | wrong))
+    with pytest.raises(ConfigError, match="judge=no/such.txt is not there"):
+        run(folder, "--judge=no/such.txt")
+
+
+def test_a_judged_text_is_known_by_what_it_says(folder, finished, tmp_path):
+    """Edited, it is asked again; of two with one name the one that the study names counts; results alone are left out."""
+    (settings,) = study.configure("", [str(folder / "study.py")], study.StudyConfig)
+    texts = [tmp_path / name / "t.txt" for name in ("a", "b")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text(f"of {text}")
+    cfg = study.StudyConfig(**settings | {"judge": [str(texts[0])], "results": str(tmp_path / "r.json")})
+    shutil.copytree(folder / "runs" / "dense-1", tmp_path / "dense-1")
+    mine = dataclasses.replace(study.plan(cfg)[0], folder=tmp_path / "dense-1")
+    judged = {
+        str(text): {"causal": n, "topk": n, "limit": 320, "data": study.digest(text)} for n, text in enumerate(texts)
+    }
+    (tmp_path / "dense-1" / "judge.json").write_text(json.dumps(judged))
+    assert study.unjudged(cfg, mine) == []
+    document = study.document_of(cfg, [mine])
+    assert document["runs"][0]["losses"]["t.txt"]["causal"] == 0
+    assert comparison.losses(document, "t.txt", "causal") == {"dense": {1: 0}}
+    texts[0].write_text("something else")
+    assert study.unjudged(cfg, mine) == cfg.judge
+    assert comparison.losses(study.document_of(cfg, [mine]), "t.txt", "causal") == {"dense": {}}
+
+
+@pytest.mark.parametrize("axis", ["training", "inference"])
+def test_diverged_runs_are_named_and_the_others_reported(axis, folder, finished, tmp_path):
+    assert run(folder, "--report") == 0
+    document = json.loads((folder / "r.json").read_text()) | {"axis": axis}
+    for diverged in (["half-2"], ["dense-1"], ["half-1", "half-2"], ["dense-1", "half-1", "dense-2", "half-2"]):
+        runs = json.loads(json.dumps(document["runs"]))
+        for each in runs:
+            if f"{each['arm']}-{each['seed']}" in diverged:
+                each |= {"losses": {}, "curve": []}
+        comparison.report(document | {"runs": runs}, f"{tmp_path}/r.json", f"{tmp_path}/p.png")
+        assert f"Diverged, and in no mean: {', '.join(diverged)}." in (tmp_path / "r.md").read_text()
 
 
 def test_only_the_named_arms_are_run(folder, tmp_path):
@@ -379,11 +434,6 @@ def test_paired_intervals_are_students():
     assert comparison.STUDENT[1] == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-4)
     student = pytest.importorskip("scipy.stats").t
     assert comparison.STUDENT == pytest.approx([student.ppf(p, n) for n in range(1, 21)], rel=1e-4)
-
-
-def test_what_is_not_given_is_as_in_train():
-    defaults = {name: getattr(train.TrainConfig, name) for name in study.DEFAULTS}
-    assert defaults == study.DEFAULTS
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("study_*.py")), ids=lambda path: path.stem)
