@@ -14,7 +14,7 @@ class LayerCache:
 
     def __init__(self, batch: int, limit: int, routed: bool):
         self.lengths = [0] * batch
-        self.limit = limit  # tokens that a row can ever hold
+        self.limit = limit  # tokens that a row is expected to hold at most
         self.routed = routed
         self.k = self.v = None  # (B, n_kv, allocated, hd)
         self.state = {}  # what routing remembers of the tokens before, and what it computes once for all that follow
@@ -27,7 +27,9 @@ class LayerCache:
         held = 0 if self.k is None else self.k.size(2)
         if n <= held:
             return
-        size = min(self.limit, max(n, 2 * held, 32)) if self.routed else self.limit
+        size = max(n, 2 * held, 32)
+        if n <= self.limit:  # who goes on from a cache may pass it
+            size = min(self.limit, size) if self.routed else self.limit
         old = self.k, self.v
         self.k, self.v = (like.new_zeros(len(self.lengths), like.size(1), size, like.size(3)) for _ in range(2))
         if held:

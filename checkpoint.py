@@ -43,6 +43,7 @@ from weights import INDEX, find_model, local_rows
 
 NEEDED = {"config.json", "ranks.pt", "state.json"}  # and weights and optimizer state, whole or sharded
 TRAINING = {"optimizer.pt", "ranks.pt", "state.json", "checksums.json"}  # what a model directory does not hold
+STEP = re.compile(r"step_\d{7,}")
 WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python ends
 
 
@@ -52,7 +53,7 @@ WRITER = ThreadPoolExecutor(1)  # what it has begun is finished before Python en
 
 def steps(run):
     """The complete checkpoints of a run directory, oldest first."""
-    found = [p for p in Path(run).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)]
+    found = [p for p in Path(run).glob("step_*") if STEP.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -289,7 +290,7 @@ def find(resume, out_dir, warn=print):
                 f"out_dir {out_dir} already holds a run: --resume=auto continues it, another --out_dir starts a new one"
             )
         return None
-    if resume != "auto" and (path.name.startswith("step_") or (path / "state.json").exists()):
+    if resume != "auto" and (STEP.fullmatch(path.name) or (path / "state.json").exists()):
         if not path.is_dir():
             raise CheckpointError(f"resume={resume}: no such checkpoint; auto, none, a step or a run directory")
         verify(path)
@@ -363,7 +364,8 @@ def export(step_dir, out_dir, model=None, shard_size=5 * 10**9):
         publish.write_code(partial)
         if not (step_dir / "state.json").exists():  # a final_model, which says already where it comes from
             for name in ("README.md", "generation_config.json"):
-                shutil.copyfile(step_dir / name, partial / name)
+                if (step_dir / name).exists():  # save_pretrained alone writes neither
+                    shutil.copyfile(step_dir / name, partial / name)
             return
         try:
             publish.describe(partial, read_state(step_dir))

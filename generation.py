@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import sys
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -27,7 +28,16 @@ class Generation:
     def pack(self) -> list[torch.Tensor]:
         """Lays the weights out as decoding on a CPU multiplies by them fastest, while the result is held: kernels.pack."""
         weights = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        return kernels.pack([*weights, self.head_weight])
+        return kernels.pack([*dict.fromkeys([*weights, self.head_weight])])
+
+    @contextmanager
+    def packed(self):
+        """Inside, the weights are packed; not longer, even where a traceback keeps the frame: they may change."""
+        held = self.pack()
+        try:
+            yield
+        finally:
+            held.clear()
 
     def compile_decoding(self):
         """torch.compile, on CUDA with its graphs, for the steps of `generate`: for every batch size anew."""
@@ -71,6 +81,8 @@ class Generation:
             )
         if not temperature >= 0:
             raise ModelError(f"temperature={temperature} must be 0 or more")
+        if top_k is not None and top_k < 0:
+            raise ModelError(f"top_k={top_k} must be 0, for all, or more")
         ends = [T] * B if lengths is None else [int(n) for n in lengths]
         if len(ends) != B:
             raise ModelError(f"lengths={ends} must give the tokens of each of {B} rows")
@@ -83,24 +95,23 @@ class Generation:
         cache.finished = finished if len(stops) else None
         rows, place = torch.arange(B, device=input_ids.device), torch.tensor(ends, device=input_ids.device)
         new, at_prompt = input_ids, ends
-        packed = self.pack() if max_new_tokens >= PACKED else []
-        for step in range(max_new_tokens):
-            if cache.static:
-                logits = compiled_step(self.head_weight.is_cuda)(self, new, cache)  # (B, V)
-            else:
-                logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
-            new = sample(logits, temperature, top_k, top_p)  # (B)
-            new, at_prompt = torch.where(finished, pad_id, new), None
-            result[rows, place + step] = new
-            if len(stops):
-                finished |= torch.isin(new, stops)
-                if (new.device.type == "cpu" or step % ASKED == ASKED - 1) and finished.all():
-                    break
-            new = new[:, None]
-            if self.decodes_compiled and not cache.static and cache.keys is not None and step + 1 < max_new_tokens:
-                cache = self.static_cache(cache)
-                finished = cache.finished
-        del packed  # held until here
+        with self.packed() if max_new_tokens >= PACKED else nullcontext():
+            for step in range(max_new_tokens):
+                if cache.static:
+                    logits = compiled_step(self.head_weight.is_cuda)(self, new, cache)  # (B, V)
+                else:
+                    logits = self(new, routing="causal", lengths=at_prompt, cache=cache).logits[:, -1]  # (B, V)
+                new = sample(logits, temperature, top_k, top_p)  # (B)
+                new, at_prompt = torch.where(finished, pad_id, new), None
+                result[rows, place + step] = new
+                if len(stops):
+                    finished |= torch.isin(new, stops)
+                    if (new.device.type == "cpu" or step % ASKED == ASKED - 1) and finished.all():
+                        break
+                new = new[:, None]
+                if self.decodes_compiled and not cache.static and cache.keys is not None and step + 1 < max_new_tokens:
+                    cache = self.static_cache(cache)
+                    finished = cache.finished
         return result
 
 

@@ -133,7 +133,7 @@ def find_tasks(names: list[str], others: tuple[str, ...] = ()):
     """
     import lm_eval.tasks
 
-    paths = {name: Path(name) for name in names if os.path.isdir(name) or os.path.isfile(name)}
+    paths = {name: Path(name) for name in names if name not in SUITES and os.path.exists(name)}
     folders = [path if path.is_dir() else path.parent for path in paths.values()]
     manager = lm_eval.tasks.TaskManager(include_path=folders or None, include_defaults=len(paths) < len(names))
     tasks = {}

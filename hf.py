@@ -113,6 +113,11 @@ class NanoDTFForCausalLM(PreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return result.to_tuple() if return_dict is False else result
 
+    def generate(self, *args, **kwargs):
+        """As transformers' own, its weights packed meanwhile: see kernels.py."""
+        with self.core.packed():
+            return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, limit):
         """What `generate` calls before its loop; limit: tokens that will be filed of a row."""
         simple = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -123,8 +128,7 @@ class NanoDTFForCausalLM(PreTrainedModel, GenerationMixin):
             raise ModelError(f"a prompt and new tokens of {limit + 1} in all pass max_position_embeddings={longest}")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             rows = batch_size * generation_config.num_return_sequences
-            model_kwargs["past_key_values"] = cache = self.new_cache(rows, limit)
-            cache.packed = self.core.pack()
+            model_kwargs["past_key_values"] = self.new_cache(rows, limit)
 
 
 def runs(mask: torch.Tensor, shape) -> tuple[torch.Tensor, list[int]]:

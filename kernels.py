@@ -4,6 +4,7 @@ Plain tensors in and out, with gradients; this file knows no model. What each ga
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def constant_to_compiler(function):
@@ -71,10 +72,13 @@ def _triton():
     return gpu_kernels
 
 
-# A process may hold this file several times: beside each model that transformers opens lies a copy. One registers.
-FIRST = not hasattr(torch.ops.nanodtf, "product")
+# A process may hold this file several times, and other versions of it: beside each model that transformers opens lies a
+# copy. The first of a version registers its operators.
+NAME = "nanodtf_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+OPS = getattr(torch.ops, NAME)
+FIRST = not hasattr(OPS, "product")
 
-if PACKS and FIRST:
+if PACKS and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -83,7 +87,7 @@ if PACKS and FIRST:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias by oneDNN, without gradients: (…, n), (m, n), (m) → (…, m), on the CPU."""
-    return (torch.ops.nanodtf.product if torch.compiler.is_compiling() else _product)(x, weight, bias)
+    return (OPS.product if torch.compiler.is_compiling() else _product)(x, weight, bias)
 
 
 def _product(x, weight, bias):
@@ -123,13 +127,13 @@ def free_memory() -> float:
 
 # The same for the compiler, which asks of an operator that it knows that the weights be constants.
 if FIRST:
-    _library = torch.library.Library("nanodtf", "DEF")
+    _library = torch.library.Library(NAME, "DEF")
     _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     _library.impl("product", _product, "CPU")
-    torch.library.register_fake("nanodtf::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
+    torch.library.register_fake(f"{NAME}::product", lambda x, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
     _library.define("product_where(Tensor x, Tensor runs, Tensor weight, Tensor? bias) -> Tensor")
     _library.impl("product_where", lambda *given: _triton().product_where(*given), "CompositeExplicitAutograd")
-    torch.library.register_fake("nanodtf::product_where", lambda x, runs, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
+    torch.library.register_fake(f"{NAME}::product_where", lambda x, runs, w, b: x.new_empty(*x.shape[:-1], w.size(0)))
 
 
 def keep_heap():
@@ -182,13 +186,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        y, p = torch.ops.nanodtf.attend(q, k, v, any(ctx.needs_input_grad))
+        y, p = OPS.attend(q, k, v, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, y, p)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.ops.nanodtf.attend_backward(grad, *ctx.saved_tensors)
+        return OPS.attend_backward(grad, *ctx.saved_tensors)
 
 
 def keys_kept(T: int, device: str) -> float:
@@ -265,15 +269,15 @@ if FIRST:
     )
     _library.impl("attend", _attend, "CPU")
     _library.impl("attend_backward", _attend_backward, "CPU")
-    torch.library.register_fake("nanodtf::attend", _attend_shapes)
-    torch.library.register_fake("nanodtf::attend_backward", lambda *given: tuple(map(torch.empty_like, given[1:4])))
+    torch.library.register_fake(f"{NAME}::attend", _attend_shapes)
+    torch.library.register_fake(f"{NAME}::attend_backward", lambda *given: tuple(map(torch.empty_like, given[1:4])))
 
     # The full square, as torch counts attention: two products forward, four backward.
-    @register_flop_formula(torch.ops.nanodtf.attend)
+    @register_flop_formula(OPS.attend)
     def _attend_flops(q_shape, *args, out_shape=None, **kwargs) -> int:
         return 4 * q_shape.numel() * q_shape[2]
 
-    @register_flop_formula(torch.ops.nanodtf.attend_backward)
+    @register_flop_formula(OPS.attend_backward)
     def _attend_backward_flops(grad_shape, *args, out_shape=None, **kwargs) -> int:
         return 8 * grad_shape.numel() * grad_shape[2]
 
@@ -332,7 +336,7 @@ class Linear(nn.Linear):
         """
         if runs is None:
             return linear(x, self.weight, self.bias)
-        return torch.ops.nanodtf.product_where(x, runs, self.weight, self.bias)
+        return OPS.product_where(x, runs, self.weight, self.bias)
 
 
 def skips_idle(x) -> bool:
@@ -366,7 +370,7 @@ def _losses_and_gradient(logits, targets, teacher=None):
         losses, grad = _to_targets(logits.float(), targets.clamp(min=0))
     else:
         losses, grad = _to_teacher(logits.float(), teacher.float())
-    counts = targets != -100
+    counts = targets >= 0
     return losses * counts, grad.mul_(counts).to(logits.dtype)
 
 
@@ -422,7 +426,7 @@ class _HeadLoss(torch.autograd.Function):
         kind = "cuda" if hidden.is_cuda else hidden.device.type
         rows, losses_and_gradient = _way(kind, hidden.dtype, weight.size(0))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        share = 1 / (targets != -100).sum()  # of one token in the mean
+        share = 1 / (targets >= 0).sum()  # of one token in the mean
         for start in range(0, hidden.size(0), rows):
             part = slice(start, start + rows)
             h, of_teacher = hidden[part], teacher and linear(teacher[0][part], teacher[1])  # (rows, d), (rows, V)

@@ -18,6 +18,7 @@ This file knows no class of model: it asks one for its tensors' rate groups.
 import hashlib
 import json
 import os
+from contextlib import suppress
 
 import torch
 
@@ -103,6 +104,13 @@ def save(model, directory: str, state: dict[str, torch.Tensor]):
     write_whole(os.path.join(directory, CONFIG), settings)
 
 
+def remove(directory: str):
+    """Takes away what `save` has written there, the settings first: a plain model has taken its place."""
+    for name in (CONFIG, ADAPTER, ROUTED):
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(directory, name))
+
+
 def read_settings(directory: str) -> tuple[dict, str, list[int] | None]:
     """peft's settings of an adapter that `save` wrote, the base it belongs to, and its layers that are left (None: all).
 
@@ -131,6 +139,8 @@ def load(directory: str, open_base):
     from safetensors import safe_open
 
     settings, base, keep_layers = read_settings(directory)
+    if os.path.isdir(base) and is_adapter(find_model(base)):
+        raise ModelError(f"{directory}: its base {base} is an adapter too: merge that one first, or name a plain model")
     try:
         model = open_base(base, keep_layers)
     except ModelError as error:
@@ -162,4 +172,7 @@ def merge(model):
         if hasattr(layer, "get_base_layer"):  # peft's; not imported, or whoever opens a copy of this file needs it
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
+    scheduled = {name for name, p in model.named_parameters() if not p.requires_grad and is_trained(model, name)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in scheduled)
     del model.peft_config, model.base_digest, model.kept_of_base

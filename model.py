@@ -536,6 +536,7 @@ class Transformer(Generation, nn.Module):
             lora.save(self, directory, tensors)
         else:
             weights.write_weights(directory, tensors, shard_size)
+            lora.remove(directory)
         self.save_config(directory)
 
     def save_config(self, directory: str):
@@ -544,6 +545,7 @@ class Transformer(Generation, nn.Module):
         write_whole(os.path.join(directory, "config.json"), self.config.to_dict() | {"dtype": dtype})
 
     @classmethod
+    @torch.inference_mode(False)  # as in to_dtype
     def from_pretrained(
         cls, directory_or_hub_id: str, dtype=torch.float32, shard=None, keep_layers=None, **config_overrides
     ) -> "Transformer":

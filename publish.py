@@ -48,7 +48,7 @@ def push(directory, repo_id):
     try:
         api = HfApi()
         url = api.create_repo(repo_id, private=True, exist_ok=True)
-        old = ["*.safetensors", "*.safetensors.index.json"]
+        old = ["*.safetensors", "*.safetensors.index.json", lora.CONFIG]
         api.upload_folder(repo_id=repo_id, folder_path=directory, delete_patterns=old, commit_message="nanoDTF")
     except Exception as e:  # noqa: BLE001, whatever the hub or the network did
         retry = shlex.join(["hf", "upload", repo_id, str(directory), ".", "--private"])
@@ -70,17 +70,17 @@ def git_revision():
 
 def facts(init_from, manifest, argv, earlier=None):
     """What the card will say of a model's origin, a dict for state.json. earlier: that of the run which goes on here."""
-    parent, commands = init_from.partition("@")[0], earlier["commands"] if earlier else []
+    parent = None if Path(init_from).is_dir() else init_from.partition("@")[0]
     sources = {
         name: {"from": source["from"], "weight": source["weight"], "tokens": source["train"]["tokens"]}
         for name, source in manifest["sources"].items()
     }
     return {
-        "base_model": parent if is_hub_id(parent) and not Path(parent).is_dir() else None,
+        "base_model": parent if parent and is_hub_id(parent) else None,
         "tokenizer": manifest["tokenizer"],
         "eot_token": manifest["eot_token"],
         "sources": sources,
-        "commands": commands + [shlex.join(["python", "train.py", *argv])],
+        "commands": (earlier["commands"] if earlier else []) + [shlex.join(["python", "train.py", *argv])],
         "git": git_revision(),
     }
 
@@ -152,8 +152,9 @@ def write_code(directory):
         sources = code_of(Path(inspect.getfile(cfg.kind)))
     except (TypeError, OSError):  # an architecture that is in no file, but in a notebook
         return
+    revision = git_revision() or "unknown"
     for name, source in sources.items():
-        origin = f"# {name}.py of nanoDTF, revision {git_revision() or 'unknown'}, MIT licence: a copy, change it there"
+        origin = f"# {name}.py of nanoDTF, revision {revision}, MIT licence: a copy, change it there"
         write_whole(directory / f"{name}.py", f"{origin}\n{source}")
     classes = {"AutoConfig": "hf.NanoDTFConfig", "AutoModelForCausalLM": "hf.NanoDTFForCausalLM"}
     write_whole(directory / "config.json", config | {"auto_map": classes})

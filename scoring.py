@@ -244,7 +244,10 @@ def sweep_text(cfg, model: Transformer, tokenizer) -> torch.Tensor:
         )
     ids = torch.cat([ids for ids, _ in read_texts(cfg.text, model, tokenizer).values()]).to(model.head_weight.device)
     if len(ids) < max(2 * (T + 1), T + decoded):
-        raise ConfigError(f"text={cfg.text} has {len(ids):,} tokens, too few for two windows of seq_len={T}: lower it")
+        raise ConfigError(
+            f"text={cfg.text} has {len(ids):,} tokens, too few for two windows of seq_len={T} "
+            f"or for {decoded} decoded tokens behind one: lower seq_len, repeats or decode_steps, or name a longer text"
+        )
     return ids
 
 

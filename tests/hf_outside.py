@@ -62,6 +62,17 @@ def generating(model, ids, mask):
     for refused in ({"num_beams": 2}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
         assert "not supported" in message(model.generate, ids[:1], max_new_tokens=3, **refused), refused
     assert "max_position_embeddings=256" in message(model.generate, ids, max_new_tokens=300)
+    kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".kernels"]
+    if torch.backends.mkldnn.is_available():
+        kernels.PACKS, kernels.LARGE_WEIGHT, during = {torch.float32}, 0, []
+        hook = model.register_forward_hook(lambda *_: during.append(len(kernels._PACKED)))
+        kept = model.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)
+        hook.remove()
+        assert min(during) > 20 and not kernels._PACKED and kept.past_key_values  # weights may change from now on
+    # A cache is gone on with, beyond what it was made for.
+    first = model.generate(ids[:1], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    more = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=9, do_sample=False)
+    assert torch.equal(more, model.generate(ids[:1], max_new_tokens=12, do_sample=False))
     return found
 
 

@@ -618,10 +618,12 @@ def test_bad_input(arguments, error, words, folders, tmp_path):
     assert words in str(caught.value)
 
 
-def test_an_unknown_task_names_the_nearest(monkeypatch):
+def test_an_unknown_task_names_the_nearest(tmp_path, monkeypatch):
     import lm_eval.tasks
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **how: types.SimpleNamespace(all_tasks=["hellaswag"]))
+    (tmp_path / "quick_test").mkdir()  # of the user's own, no task
+    monkeypatch.chdir(tmp_path)
     assert find_tasks(["quick_test", "hellaswag"])[1] == {"truthfulqa_mc2": 0, "hellaswag": None}
     with pytest.raises(ConfigError, match="tasks=helaswag is unknown; did you mean hellaswag?"):
         find_tasks(["quick_test", "helaswag"])

@@ -185,6 +185,8 @@ def test_where_a_run_starts(tmp_path, trained):
         checkpoint.find(str(tmp_path), tmp_path)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.find(str(tmp_path / "step_0000003"), tmp_path)
+    with pytest.raises(CheckpointError, match="step_size holds no checkpoint"):  # a run of that name
+        checkpoint.find(str(tmp_path / "step_size"), tmp_path)
     (tmp_path / "finished" / "final_model").mkdir(parents=True)
     for resume in ("none", "auto"):  # never over a model, even if its checkpoints were deleted
         with pytest.raises(CheckpointError, match="another --out_dir"):

@@ -1,16 +1,19 @@
 """The linear layer and the loss against PyTorch's own operators, values and gradients; and what the loss holds in memory."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, needs_compiler, random_ids
+from helpers import ARCHITECTURES, needs_compiler, random_ids, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import generation
 import kernels
 from model import ModelConfig, Transformer
 
@@ -100,6 +103,36 @@ def test_what_is_packed_is_never_stale(monkeypatch):
     monkeypatch.setattr(kernels, "PACKS", {torch.float32})
     with torch.inference_mode():
         assert kernels.pack([torch.randn(1000, 1000)]) == []
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_generation_packs_each_weight_once_and_lets_go_of_all(head, monkeypatch):
+    """Also where it is interrupted and a traceback keeps its frame: what .data changes then nobody counts."""
+    monkeypatch.setattr(kernels, "LARGE_WEIGHT", 0)
+    packed = []
+    monkeypatch.setattr(kernels, "pack", lambda weights: packed.extend(weights) or packed)
+    model, ids = small_model("dense", tie_word_embeddings=head == "tied"), random_ids(1, 5)
+    model.generate(ids, 2)
+    assert not packed, "too few tokens"
+    monkeypatch.setattr(generation, "sample", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        model.generate(ids, generation.PACKED)
+    assert kept.tb is not None and not packed
+    with model.packed():
+        assert len({id(weight) for weight in packed}) == len(packed) == 5 * 7 + 1
+
+
+def test_another_version_of_this_file_has_operators_of_its_own(tmp_path):
+    """A model's folder holds the version that it was saved with: two may be opened in one process."""
+    source = Path(kernels.__file__).read_text()
+    (tmp_path / "kernels_before.py").write_text(source.replace("hd**-0.5", "hd**-1.0"))
+    spec = importlib.util.spec_from_file_location("kernels_before", tmp_path / "kernels_before.py")
+    before = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(before)
+    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    ours, theirs = (module.OPS.attend(q, k, v, False)[0] for module in (kernels, before))
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(theirs, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,6 +264,12 @@ def test_the_loss_against_a_teacher_is_the_kl_divergence(vocab):
         torch.testing.assert_close(kernels.head_loss(hidden, weight, targets, teacher), theirs, rtol=1e-5, atol=0)
 
 
+def test_every_negative_target_is_none():
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([3, -100, 0, 10, 7, 2])
+    expected = kernels.head_loss(hidden, weight, targets)
+    assert torch.equal(kernels.head_loss(hidden, weight, targets.masked_fill(targets < 0, -1)), expected)
+
+
 def test_loss_memory_is_bounded():
     """8,192 tokens by 32,768 words would be 1 GiB of float32 logits; the process must grow by far less."""
     code = (
@@ -294,14 +333,14 @@ def test_a_product_in_triton_skips_the_rows_that_do_not_run(B, n, m, biased, dty
     torch.manual_seed(n)
     x, weight, bias = torch.randn(B, 1, n).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m).to(dtype)
     runs = torch.arange(B) % 2 == 0
-    out = torch.ops.nanodtf.product_where(x, runs, weight, bias if biased else None)
+    out = kernels.OPS.product_where(x, runs, weight, bias if biased else None)
     expected = x.double() @ weight.double().t() + (bias.double() if biased else 0)
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(out[runs].double(), expected[runs], rtol=rounding, atol=1e-5 * n**0.5)
     x[~runs] = torch.nan
-    assert torch.equal(torch.ops.nanodtf.product_where(x, runs, weight, None)[~runs], torch.zeros_like(out[~runs]))
+    assert torch.equal(kernels.OPS.product_where(x, runs, weight, None)[~runs], torch.zeros_like(out[~runs]))
     none, anything = torch.zeros(B, dtype=torch.bool), torch.full_like(weight, torch.nan)
-    assert not torch.ops.nanodtf.product_where(x, none, anything, bias).any()
+    assert not kernels.OPS.product_where(x, none, anything, bias).any()
 
 
 class OnCuda(torch.Tensor):

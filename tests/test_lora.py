@@ -61,9 +61,16 @@ def test_saved_loaded_and_merged_logits_are_equal(architecture, tmp_path):
     loaded = Transformer.from_pretrained(tmp_path / "adapter")
     merged = Transformer.from_pretrained(tmp_path / "adapter")
     lora.merge(merged)
+    checkpoint.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "at once")])
     merged.save_pretrained(tmp_path / "merged")
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "at once")]
+    assert written[0] == written[1]
     merged = Transformer.from_pretrained(tmp_path / "merged")
+    assert all(p.requires_grad for p in merged.parameters())
     assert set(merged.state_dict()) == set(weights)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "replaced")
+    merged.save_pretrained(tmp_path / "replaced")
+    assert not Transformer.from_pretrained(tmp_path / "replaced").lora_rank
     for routing, unadapted in before.items():
         logits = model(ids, routing=routing).logits
         assert torch.equal(loaded(ids, routing=routing).logits, logits)
@@ -299,6 +306,7 @@ def test_refusals(data, start, run, tmp_path, monkeypatch):
 
     spoilt("holds an adapter, not its base: .*neither a directory nor a hub id", lambda f: shutil.rmtree(f / "base"))
     spoilt("not those that this adapter was trained on", lambda f: small_base_change(f / "base"))
+    spoilt("is an adapter too", lambda f: shutil.rmtree(f / "base") or shutil.copytree(run / "final_model", f / "base"))
     spoilt("routed.safetensors is missing", lambda f: (f / "routed.safetensors").unlink())
     spoilt("adapter_model.safetensors is damaged", lambda f: (f / "adapter_model.safetensors").write_bytes(b"1234"))
     spoilt("has no place in this model", lambda f: shutil.copy(f / "base/model.safetensors", f / "routed.safetensors"))

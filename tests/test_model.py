@@ -526,6 +526,27 @@ def test_caches_hold_selected_tokens_only(architecture):
     assert cache.bytes_used() == total < sum(n + 12 for n in lengths) * 5 * token_bytes
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_cache_may_be_gone_on_with_beyond_its_limit(architecture):
+    model, ids = small_model(architecture, causal_threshold=0.3), random_ids(2, 80)
+    cache = model.new_cache(2, 36)
+    logits = [model(ids[:, :33], routing="causal", cache=cache).logits]
+    logits += [model(ids[:, t : t + 1], routing="causal", cache=cache).logits for t in range(33, 80)]
+    assert relative_error(torch.cat(logits, 1), model(ids, routing="causal").logits[:, 32:]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_opened_in_inference_mode_is_like_any(dtype, tmp_path):
+    small_model("mod").save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    with torch.inference_mode():
+        model = Transformer.from_pretrained(tmp_path, dtype)
+        inside = model.generate(ids, 4)
+    assert not any(p.is_inference() for p in model.parameters())
+    assert torch.equal(inside, model.to_dtype(dtype).generate(ids, 4))
+
+
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_a_step_that_selects_no_row_runs_no_matmul_of_the_block(architecture):
     model = small_model(architecture)

@@ -255,6 +255,9 @@ def test_hostile_names_stay_text(tmp_path):
     assert not re.search(r"^(---|# Owned|license)", body, re.MULTILINE)
     facts = publish.facts("../Qwen", {"sources": {}, "tokenizer": "t", "eot_token": 0}, ["--out_dir=a b"])
     assert facts["base_model"] is None and facts["commands"] == ["python train.py '--out_dir=a b'"]
+    (tmp_path / "exp@1e-4").mkdir()
+    local = publish.facts(f"{tmp_path}/exp@1e-4", {"sources": {}, "tokenizer": "t", "eot_token": 0}, [])
+    assert local["base_model"] is None
     assert publish.facts("Qwen/Qwen2.5-0.5B@main", {"sources": {}, "tokenizer": "t", "eot_token": 0}, [], facts) == (
         facts | {"base_model": "Qwen/Qwen2.5-0.5B", "commands": facts["commands"] + ["python train.py"]}
     )
