@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import runpy
 import sys
 import textwrap
@@ -280,6 +281,9 @@ def cli(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of a reader that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        sys.exit(1)
     except (UserError, OSError) as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -157,6 +157,8 @@ class TokenData:
         self.names = [name for name in sources if tokens[name] > seq_len]
         if not self.names:
             most = max(tokens.values(), default=0)
+            if split == "val" and not most:
+                raise DataError(f"{data_dir} has no validation tokens: prepare it again with a higher val_fraction")
             raise DataError(
                 f"{data_dir}: the {split} split has {most:,} tokens, too few for seq_len={seq_len}, which needs "
                 f"{seq_len + 1:,}: lower seq_len or prepare more text"
@@ -240,7 +242,10 @@ def show(data_dir, cfg):
     path = data.data_dir / "tokenizer.json"
     if not path.exists():
         raise DataError(f"{data_dir} has no tokenizer.json: its tokens cannot be read")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # noqa: BLE001, tokenizers raises nothing narrower
+        raise DataError(f"{path} is no tokenizer: {e}") from None
     for number in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1):
         (source,), (block,) = data.locate(number, 1)
         ids, _ = data.batch(number, 1)

@@ -73,6 +73,7 @@ def read_metrics(run: str) -> dict[str, tuple[list[int], list[float]]]:
                 break
             raise ConfigError(f"{path}, line {n} is no JSON object with a step: {line[:40]!r}") from None
         for name, value in record.items():
+            value = math.nan if value is None else value  # what was not finite
             if isinstance(value, int | float):
                 steps, values = metrics.setdefault(name, ([], []))
                 steps.append(step)
@@ -240,14 +241,18 @@ def table_of(runs: dict[str, dict], models: dict, dense: str | None, ids: torch.
 
 def what_seeds_say(runs: dict[str, dict], dense: str) -> str:
     """How far the differences of {label: {seed: metrics}} from dense can be believed."""
-    losses, unknown, unclear = {label: final_losses(of_seeds) for label, of_seeds in runs.items()}, [], []
+    losses, apart, unknown, unclear = {label: final_losses(of_seeds) for label, of_seeds in runs.items()}, [], [], []
     for label, of_kind in losses.items():
         mean, half = paired(of_kind, losses[dense])
-        if label != dense and not math.isfinite(half):
+        if label != dense and math.isnan(mean):
+            apart.append(label)
+        elif label != dense and not math.isfinite(half):
             unknown.append(label)
         elif label != dense and abs(mean) <= half:
             unclear.append(label)
     said = "± is the standard deviation over seeds. Differences are paired by seed, with their 95 % interval."
+    if apart:
+        said += f" **No seed in common with {dense}, or one that diverged: {', '.join(apart)}**: not compared."
     if unknown:
         said += f" **One seed in common with {dense}: {', '.join(unknown)}**, so that difference is a hint at most."
     if unclear:
@@ -312,6 +317,8 @@ def report(runs: dict[str, dict], folders: dict[str, str], out: str, cfg: PlotCo
     lines = ["# Report: " + ", ".join(models), "", *markdown_table(table), ""]
     lines += ["Losses in nats per token. In brackets: relative to dense; for the causal loss, to the top-k loss.", ""]
     lines += [what_seeds_say(metrics, dense), ""] if len(models) > 1 and dense else []
+    if unfinished := [name for name, folder in folders.items() if not os.path.exists(f"{folder}/final_model")]:
+        lines += [f"**Not finished: {', '.join(unfinished)}**: what they stood at is no result.", ""]
     lines += [
         "All but losses is of the first seed. Training speed is what the run logged, beside whatever ran with it.",
         "",

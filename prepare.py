@@ -170,7 +170,8 @@ def encode_unit(source, unit, paths, submit, ahead, report):
                 report(done, sum(file.part["tokens"] for file in files.values()))
             return {split: files[split].seal() if split in files else empty_part() for split in SPLITS}
         except OSError as e:
-            e.filename = e.filename or str(next(iter(paths.values())))  # a full disk does not say where
+            if e.errno:
+                e.filename = e.filename or str(next(iter(paths.values())))  # a full disk does not say where
             raise
 
 
@@ -376,6 +377,8 @@ def merge_records(jobs, out_dir, width):
             lost = f"all {number} documents fell into validation: more text, or a lower val_fraction"
             for record in (record for source, _, record in jobs if source.name == name):
                 record.unlink()  # other text or another fraction may take its place
+            if not any((out_dir / "sealed").glob("*/*.json")):  # and a tokenizer that is trained on it
+                (out_dir / "sealed" / "tokenizer.json").unlink(missing_ok=True)
             raise DataError(f"source {name}: {lost if number else 'an empty corpus'}")
         if entry["weight"] is None:
             entry["weight"] = entry["train"]["tokens"] / 1e6
@@ -416,10 +419,9 @@ def main(argv):
     write_json(out_dir / "manifest.json", manifest)
     train, val = (sum(entry[split]["tokens"] for entry in merged.values()) for split in SPLITS)
     print(f"{out_dir}: {train:,} tokens to train on, {val:,} for validation, of {vocab_size:,} kinds")
-    if not val and cfg.val_fraction:
-        print(
-            "no document fell into validation: prepare more of them (a file is one, or a row), or set a higher val_fraction"
-        )
+    if not val:
+        cure = "prepare more of them (a file is one, or a row), or set a higher val_fraction"
+        print(f"no document fell into validation, which train.py needs: {cure}")
 
 
 if __name__ == "__main__":

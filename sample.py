@@ -211,7 +211,8 @@ def main(argv: list[str]):
         if n:
             print("-" * 80)
         if show:
-            print(paint(texts[n], traces[n].entered, blocks, terminal))
+            coloured = terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+            print(paint(texts[n], traces[n].entered, blocks, coloured))
             print(decisions(traces[n]))
         elif not cfg.text:
             said = texts[n]

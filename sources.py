@@ -142,7 +142,12 @@ def before_wildcard(path) -> Path:
 
 def readable(paths) -> list[Path]:
     """Those that are files of a kind that is read."""
-    return [path for path in paths if path.suffix in TEXT + ROWS and path.is_file()]
+    return [path for path in paths if path.suffix.lower() in TEXT + ROWS and path.is_file()]
+
+
+def readable_below(folder: Path) -> list[Path]:
+    """The same of a folder and those below it; no hidden ones."""
+    return [file for file in readable(sorted(folder.rglob("*"))) if "/." not in f"/{file.relative_to(folder)}"]
 
 
 def local_files(paths):
@@ -150,16 +155,19 @@ def local_files(paths):
     files = []
     for path in map(Path, paths):
         if glob.has_magic(str(path)) and not path.exists():
-            found = readable(map(Path, sorted(glob.glob(str(path), recursive=True))))
+            matched = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            folders = (
+                [] if "**" in path.parts else [each for each in matched if each.is_dir()]
+            )  # which has been in them
+            found = [*readable(matched), *(file for folder in folders for file in readable_below(folder))]
             if not found:
                 raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {str(path)!r}")
             files += found
         elif path.is_dir():
-            below = readable(sorted(path.rglob("*")))
-            files += [file for file in below if "/." not in f"/{file.relative_to(path)}"]  # no hidden ones
+            files += readable_below(path)
         elif not path.is_file():
             raise DataError(f"input {str(path)!r} is no file or folder")
-        elif path.suffix not in TEXT + ROWS:
+        elif path.suffix.lower() not in TEXT + ROWS:
             raise DataError(f"input {str(path)!r}: the extension is not one of {' '.join(TEXT + ROWS)}")
         else:
             files.append(path)
@@ -291,7 +299,7 @@ def read_files(source, unit):
     """The documents of a unit of local files, as (text, done)."""
     unit_bytes, earlier_bytes = sum(size for _, size, _ in unit["files"]) or 1, 0
     for path, size, _ in unit["files"]:
-        read_rows = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(path).suffix)
+        read_rows = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(path).suffix.lower())
         for text, position in read_rows(path, source.text) if read_rows else read_plain(path):
             yield text, (earlier_bytes + position) / unit_bytes
         earlier_bytes += size
@@ -318,7 +326,7 @@ def read_jsonl(path, text):
         for number, raw in enumerate(f, 1):
             line, place = decode(raw, path, offset), f"{path}, line {number}"
             offset += len(raw)
-            if line.isspace():
+            if not line.strip():
                 continue
             try:
                 row = json.loads(line)
@@ -348,7 +356,9 @@ def read_parquet(path, text):
             for row in batch.to_pylist():
                 done += 1
                 yield render(row, text, f"{path}, row {done}"), os.path.getsize(path) * done // rows
-    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as e:
+        if getattr(e, "errno", None):  # the disk's, not the content's
+            raise
         raise DataError(f"{path}: not a readable parquet file: {e}") from None
 
 
@@ -361,7 +371,7 @@ def decode(raw, path, offset):
         return raw.decode("utf-8" if offset else "utf-8-sig")  # Windows puts a mark before UTF-8
     except UnicodeDecodeError as e:
         position = offset + e.start
-    if Path(path).suffix == ".py":
+    if Path(path).suffix.lower() == ".py":
         with suppress(UnicodeError, LookupError, SyntaxError), open(path, "rb") as f:
             text = raw.decode(tokenize.detect_encoding(f.readline)[0])
             text.encode()  # some encodings give lone surrogates, which are no text
@@ -374,7 +384,8 @@ def columns(text):
     if "{" not in text:
         return [text]
     try:
-        return sorted({name for _, name, _, _ in string.Formatter().parse(text) if name})
+        names = {name for _, name, _, _ in string.Formatter().parse(text) if name}
+        return sorted({re.split(r"[.\[]", name)[0] for name in names})  # {text[a]} is a part of the column text
     except ValueError as e:
         raise ConfigError(f"text_key={text!r} is no template like '{{title}} {{body}}': {e}") from None
 

@@ -673,6 +673,9 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
 
     device: where its parent runs, if it is asked which blocks it can spare and what they do.
     """
+    if another_tokenizer(cfg.init_from, cfg.data_dir):
+        cure = f"prepare the text with python prepare.py --tokenizer={cfg.init_from}"
+        raise ConfigError(f"{cfg.data_dir} has another tokenizer than {cfg.init_from}: {cure}")
     keep, parent = cfg.keep_layers or None, None
     choose, fit = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
     if choose or fit:
@@ -686,9 +689,6 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
     if any(getattr(model.config, name) != value for name, value in shape):
         raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
-    if another_tokenizer(cfg.init_from, cfg.data_dir):
-        cure = f"prepare the text with python prepare.py --tokenizer={cfg.init_from}"
-        raise ConfigError(f"{cfg.data_dir} has another tokenizer than {cfg.init_from}: {cure}")
     places = dict.fromkeys(tuple(name.split(".")[2:4]) for name in model.initialized)  # (layer, part)
     counts = Counter(part for _, part in places)
     new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in counts.items()) or "nothing"
@@ -835,8 +835,9 @@ def eval_argv(cfg):
 def main(argv):
     try:
         cfg, complete = train(argv)  # when it returns, the memory of the run is free
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and "can't allocate memory" not in str(e):  # what a CPU says
+    except (MemoryError, RuntimeError) as e:
+        named = isinstance(e, torch.OutOfMemoryError | MemoryError)
+        if not named and "can't allocate memory" not in str(e):  # what a CPU says
             raise
         raise TrainError(
             "out of memory; in this order: halve --batch_size and double --grad_accum_steps, --gradient_checkpointing, "

@@ -89,9 +89,12 @@ def chat_prompt(path: str, message: str) -> torch.Tensor:
     if not theirs.chat_template:
         raise ConfigError(f"{directory} has no chat template (chat_template.jinja): leave --chat out")
     try:
+        message.encode()
         messages = [{"role": "user", "content": message}]
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    except TemplateError as error:
+    except UnicodeEncodeError:
+        raise ConfigError(f"the text {message[:40]!r} is not valid UTF-8") from None
+    except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(f"the chat template of {directory} is faulty: {first_line(error)}") from None
     return torch.tensor(ids)
 

@@ -83,7 +83,7 @@ def is_picture(path):
 
 
 def test_metrics_are_read_and_a_torn_last_line_is_left_out(tmp_path):
-    good = '{"step": 0, "a": 1, "run": "name"}\n{"step": 10, "a": NaN, "b": 2.5}\n'
+    good = '{"step": 0, "a": 1, "run": "name"}\n{"step": 10, "a": null, "b": 2.5}\n'
     (tmp_path / "metrics.jsonl").write_text(good + '{"step": 20, "a"')
     metrics = plot.read_metrics(str(tmp_path))
     assert set(metrics) == {"a", "b"} and metrics["b"] == ([10], [2.5])
@@ -198,6 +198,7 @@ def test_a_report_of_several_seeds_says_what_they_decide(folder, tmp_path, monke
             # mod lies 0.1 above dense with every seed, stt 0.0, 0.1 and 0.2
             write_metrics(run_folder, 5 * seed + {"dense": 0, "mod": 1, "stt": seed - 1}[name], name)
     runs = [tmp_path / f"{name}-{seed}" for name in ("dense", "mod", "stt") for seed in (1, 2, 3)]
+    shutil.rmtree(tmp_path / "dense-3" / "final_model")
     status, _, _ = run(monkeypatch, capsys, "report", *runs)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert status == 0 and report.startswith("# Report: dense, mod, stt\n")
@@ -207,7 +208,10 @@ def test_a_report_of_several_seeds_says_what_they_decide(folder, tmp_path, monke
     row = next(line for line in report.splitlines() if line.startswith("| − dense's"))
     assert "| +0.1010 ± 0.0000 (" in row and f"| +0.1010 ± {width:.4f} n.s. (" in row
     assert "**Not told apart: stt**" in report and "One seed" not in report
-    assert plot.what_seeds_say({"dense": {1: {}}, "mod": {1: {}}}, "dense").count("**") == 2
+    assert "**Not finished: dense-3**" in report
+    seed = {"val/loss_causal": ([20], [5.0])}
+    said = plot.what_seeds_say({"dense": {1: seed}, "mod": {1: seed}, "stt": {2: seed}}, "dense")
+    assert "**One seed in common with dense: mod**" in said and "diverged: stt**: not compared" in said
     kinds = plot.kinds_of_run({path.name: str(path) for path in [*runs, folder / "dtf"]})
     assert kinds == {n: {s: f"{n}-{s}" for s in (1, 2, 3)} for n in ("dense", "mod", "stt")} | {"dtf": {1: "dtf"}}
     # the arm's own number stays, and a name is given once

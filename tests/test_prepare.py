@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hub import publish_mixture, serve
 from tokenizers import Tokenizer
@@ -238,7 +239,15 @@ def test_what_was_empty_can_be_filled(tmp_path):
     (tmp_path / "more.txt").write_text("some words, enough to train a small tokenizer on\n" * 50)
     argv = [f"--input={tmp_path}/e.txt,{tmp_path}/more.txt", f"--out_dir={tmp_path}/d", "--vocab_size=270"]
     assert "documents fell into validation" in one_line(script(*argv, "--val_fraction=0.999999"))
-    assert script(*argv, "--val_fraction=0").returncode == 0
+    done = script(*argv, "--val_fraction=0")
+    assert done.returncode == 0 and "no document fell into validation, which train.py needs" in done.stdout
+    with pytest.raises(DataError, match="no validation tokens: prepare it again with a higher val_fraction"):
+        TokenData(tmp_path / "d", "val", 8)
+    # A tokenizer that was trained on no text does not stay for what comes into its place.
+    argv = [f"--input={tmp_path}/e.txt", f"--out_dir={tmp_path}/e", "--vocab_size=270", "--val_fraction=0"]
+    assert "an empty corpus" in one_line(script(*argv))
+    shutil.copy(tmp_path / "more.txt", tmp_path / "e.txt")
+    assert script(*argv).returncode == 0 and read_manifest(tmp_path / "e")["vocab_size"] == 270
 
 
 @pytest.mark.parametrize("end", [99999, -1, "abc", True])
@@ -514,6 +523,9 @@ def test_patterns_and_the_encodings_that_python_files_name(tmp_path):
     ids = np.fromfile(tmp_path / "d/train/src-00000.bin", "<u2").tolist()
     text = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json")).decode(ids, skip_special_tokens=False)
     assert text == latin + "<|endoftext|>x = 'é'\n<|endoftext|>"
+    (below / "LOUD.TXT").write_text("loud")
+    found = sources.local_files([f"{tmp_path}/sr*"])  # a folder that a pattern names is searched
+    assert sorted(file.name for file in found) == ["LOUD.TXT", "latin.py", "plain.py", "rows.jsonl"]
     for coding in ("none-such", "hex", "undefined"):
         head = f"# coding: {coding}\n"
         (below / "broken.py").write_bytes(head.encode() + b"\xff")
@@ -553,6 +565,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, text_key, 
     assert not (tmp_path / "d").exists()
 
 
+def test_a_part_of_a_column_and_a_file_that_holds_a_mark_alone(tmp_path):
+    rows = [{"text": {"a": "in a column"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [text for text, _ in sources.read_parquet(tmp_path / "a.parquet", "{text[a]}")] == ["in a column"]
+    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf\n")
+    assert list(sources.read_jsonl(tmp_path / "mark.jsonl", "text")) == []
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    with pytest.raises(DataError, match="a.parquet: not a readable parquet file: .*\\w"):
+        list(sources.read_parquet(tmp_path / "a.parquet", "{text[a]}"))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_malformed_template_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"{}")
@@ -580,6 +604,9 @@ def test_help_lists_every_key():
     assert done.returncode == 0 and all(f"--{key}=" in done.stdout for key in keys.split())
     for line in re.findall(r"^  --\w+=.*", done.stdout, re.MULTILINE):
         assert re.search(r"\S  +\S", line), f"no meaning: {line}"
+    child = subprocess.Popen([sys.executable, "prepare.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()  # `| head -1`
+    assert child.communicate()[1] == b"" and child.returncode == 1
 
 
 def test_a_tokenizer_of_one_revision(tmp_path, monkeypatch):

@@ -171,6 +171,12 @@ def test_a_chat_is_the_template_around_the_prompt_and_only_the_reply_is_printed(
         said = trained.token_texts(TOKENIZER, reply)
         said = "".join(said[:-1] if reply[-1] in ends else said)  # what ends it is not printed
         assert status == 0 and out.startswith(f"{said}\n\n{len(reply)} tokens in") and 1 not in new
+    (tmp_path / "chat_template.jinja").write_text("{{ messages + 1 }}")
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2 and "the chat template of" in err and "is faulty" in err
+    status, _, err = run(monkeypatch, capsys, *arguments, "--prompt=\udcff")
+    assert status == 2 and "is not valid UTF-8" in err
+    (tmp_path / "chat_template.jinja").write_text(turn)
     for dtype in ("bfloat16", "float16"):
         status, out, _ = run(monkeypatch, capsys, *arguments, f"--dtype={dtype}")
         assert status == 0 and out.count("tokens/s") == 1

@@ -633,6 +633,13 @@ def test_out_of_memory_names_the_flags(data, start, tmp_path, monkeypatch, capsy
     for flag in ("--batch_size", "--grad_accum_steps", "--gradient_checkpointing", "--parallel=fsdp", "--offload"):
         assert flag in last
 
+    def unknown(*arguments, **keys):
+        raise NotImplementedError("this operator is not there on MPS")  # a RuntimeError, as many are
+
+    monkeypatch.setattr(Transformer, "forward", unknown)
+    with pytest.raises(NotImplementedError):
+        train.main([*arguments, "--resume=auto"])
+
 
 def test_the_clock_stops_a_run_too(runs, data, start, tmp_path, capsys):
     arguments = [*common(data), f"--init_from={start / 'stt'}", f"--out_dir={tmp_path}", "--resume=auto"]
