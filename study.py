@@ -40,7 +40,7 @@ from files import locked, sha256, write_whole
 from model import ModelConfig, Transformer
 from parallel import say
 from publish import git_revision
-from train import TrainConfig
+from settings import TrainConfig
 
 ROOT = Path(__file__).parent
 OURS = ("out_dir", "seed", "resume")  # keys of train.py that a study sets itself

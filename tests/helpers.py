@@ -7,8 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from random import SystemRandom
 
 import numpy as np
 import pytest
@@ -116,10 +117,17 @@ while children:
 """
 
 
+def free_port() -> socket.socket:
+    """Bound to a port that nobody is given unasked, as those from 32768 on are: it will be listened on minutes later."""
+    while True:
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", SystemRandom().randrange(20_000, 32_768)))
+
+
 def run_ranks(ranks: int, *jobs: list, imports: str = ""):
     """Run train.main on each list of arguments, one after another, on `ranks` ranks; `imports`: run before, in each."""
     with ExitStack() as held:  # until all ports are found, so that no two are the same
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in jobs]
+        sockets = [held.enter_context(free_port()) for _ in jobs]
         given = [(s.getsockname()[1], [str(a) for a in job]) for s, job in zip(sockets, jobs, strict=True)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", imports + RANKS, json.dumps([ranks, given])]
