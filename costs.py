@@ -114,7 +114,6 @@ def training_steps(model, settings: dict, x, y, context):
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     parent, trained = settings.get("distill_from"), model.config.capacity
-    parent = settings["init_from"] if parent == "init_from" else parent
     dtype = device_of(settings)[1]
     teacher = Transformer.from_pretrained(parent, dtype=dtype).to(x.device).requires_grad_(False) if parent else None
 

@@ -156,9 +156,8 @@ def local_files(paths):
     for path in map(Path, paths):
         if glob.has_magic(str(path)) and not path.exists():
             matched = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-            folders = (
-                [] if "**" in path.parts else [each for each in matched if each.is_dir()]
-            )  # which has been in them
+            # Folders that a pattern names are searched; one with ** has been in them.
+            folders = [] if "**" in path.parts else [each for each in matched if each.is_dir()]
             found = [*readable(matched), *(file for folder in folders for file in readable_below(folder))]
             if not found:
                 raise DataError(f"no {' '.join(TEXT + ROWS)} file in input {str(path)!r}")

@@ -147,12 +147,12 @@ def plan(cfg: StudyConfig) -> list[Run]:
     given, found = {}, {}  # {arm: what it adds to the command line, and all settings}
     for arm, own in cfg.arms.items():
         keys = cfg.common | own
-        flops = keys.pop("flops", None)
+        flops, steps_are_given = keys.pop("flops", None), "max_steps" in keys
         try:
             settings = settings_of(cfg.configs, keys)
             if flops is not None:
                 keys["max_steps"] = settings["max_steps"] = steps_of.get(arm, 0)  # where there is no data to count by
-                keys["max_steps"] = settings["max_steps"] = steps_for(flops, "max_steps" in cfg.common | own, settings)
+                keys["max_steps"] = settings["max_steps"] = steps_for(flops, steps_are_given, settings)
             given[arm] = keys, settings
         except DataError as e:
             given[arm] = keys, settings
@@ -189,8 +189,8 @@ def arguments(keys: dict) -> list[str]:
 def settings_of(configs: list[str], keys: dict) -> dict:
     """What train.py takes from config files and keys, as JSON holds it, and DEFAULTS. Raises ConfigError."""
     train_set, model_set = configure(__doc__, [*configs, *arguments(keys)], TrainConfig, ModelConfig)
-    TrainConfig(**train_set)
-    given = {name: value for name, value in (train_set | model_set).items() if name not in OURS}
+    cfg = TrainConfig(**train_set)  # which knows what distill_from=init_from is
+    given = {name: getattr(cfg, name, value) for name, value in (train_set | model_set).items() if name not in OURS}
     return json.loads(json.dumps(DEFAULTS | given))
 
 

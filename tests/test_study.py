@@ -215,6 +215,7 @@ def test_settings_are_those_that_train_takes(folder):
     settings = study.settings_of([str(folder / "base.py")], keys)
     assert settings["capacity_choices"] == [0.5] and settings["seq_len"] == 64 and settings["max_steps"] == 3
     assert settings["init_from"] == str(folder / "parent") and type(settings["lr_base"]) is float
+    assert study.settings_of([], keys | {"distill_from": "init_from"})["distill_from"] == settings["init_from"]
     for wrong, said in (
         ({"lr_base": "no number"}, "arm dense.*lr_base.*'no number' is not float"),
         ({"lr_bse": 1}, "did you mean lr_base?"),
