@@ -249,11 +249,34 @@ class STTBlock(SurprisedBlock):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Controls
+# Routers that nobody trains, in any architecture's place
+
+
+class FittedBlock(RoutedBlock):
+    """Runs on the tokens that it changes most, as far as a line tells from x / rms(x).
+
+    The line foretells log(‖Δ(x)‖² / ‖x‖²) as the parent had it, from the least squares of conversion.py, and stays as it is.
+    """
+
+    parts = RoutedBlock.parts | {"router": "router"}
+
+    def __init__(self, cfg, index):
+        super().__init__(cfg, index)
+        self.router = nn.Linear(cfg.hidden_size, 1).requires_grad_(False)
+
+    def score(self, x, ctx, below, notes):
+        scale = routers.inverse_rms(x, self.config.rms_norm_eps)
+        return Score(routers.linear_score(x.detach(), self.router.weight, scale.detach()) + self.router.bias)  # (B, T)
+
+    def flops(self, T, capacity, training, input_grad):
+        forward, _ = linear_flops(self.router, T)
+        return add([super().flops(T, capacity, training, input_grad), (forward, 0)])
 
 
 class ControlBlock(RoutedBlock):
     """Runs on the same positions of every text, whatever it says: at random, by a fixed hash, or evenly. No parameters."""
+
+    by_position = True
 
     def choose(self, x, ctx, below, notes):
         router, (B, T, _) = self.config.router, x.shape
@@ -275,12 +298,13 @@ class ControlBlock(RoutedBlock):
 
 ARCHITECTURES: dict[str, type[Block]] = {"dense": Block, "mod": MoDBlock, "dtf": DynamicBlock, "stt": STTBlock}
 ALIASES = {"standard": "dense", "sdt": "dtf", "tdtf": "stt"}
+ROUTERS = {"fitted": FittedBlock, "random": ControlBlock, "positional": ControlBlock}
 
 
 def layer_class(cfg, index: int) -> type[Block]:
     """Which kind of layer stands at `index`."""
     if cfg.router != "learned":
-        return ControlBlock if index in cfg.routed_layers else Block
+        return ROUTERS[cfg.router] if index in cfg.routed_layers else Block
     if index in cfg.routed_layers:
         return cfg.kind
     return (cfg.kind.below or Block) if index + 1 in cfg.routed_layers else Block

@@ -68,7 +68,6 @@ class BenchConfig:
     decode_steps: Count = 16  # speed, capacity: tokens that a round of decoding generates
     compile: bool = False  # speed: torch.compile rows for train, forward and decode too
     baseline: str = ""  # speed: JSON of an earlier run, made if missing; exit status 1 where 5 % slower than there
-    profile: bool = False  # speed: write a Chrome trace of one training step of every variant to out/trace.json
 
     text: str = "data/stdlib"  # perplexity, capacity: a token folder (its validation split) or a UTF-8 text file
     stride: int = 0  # perplexity: new tokens of a window, behind seq_len − stride of context (0: half the window)

@@ -99,7 +99,7 @@ class Decision:
         """By how much each value lies above what decides, (B, T): above 0 the token runs, of the k best from 0 on."""
         if self.cut is not None:
             return self.value - self.cut
-        return self.value - self.value.masked_fill(~self.mask, torch.inf).amin(1, keepdim=True)
+        return self.value - routers.lowest(self.value, self.mask)
 
 
 @dataclass
@@ -296,14 +296,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def delta(self, x, rope, store=None):
-        """Δ(x) = Block(x) − x, without the cancellation of that subtraction: (B, T, d) → (B, T, d)."""
-        attention = self.self_attn(self.input_layernorm(x), rope, store)
-        return attention + self.mlp(self.post_attention_layernorm(x + attention))
+    def delta(self, x, attention: Callable, runs=None):
+        """Δ(x) = Block(x) − x, without the cancellation of that subtraction: (B, T, d) → (B, T, d).
+
+        attention: that of normalised hidden states. runs: see kernels.Linear.
+        """
+        update = attention(self.input_layernorm(x))
+        return update + self.mlp(self.post_attention_layernorm(x + update), runs)
 
     def delta_of_all(self, x, ctx: Context):
         """Δ of every token, keys and values filed."""
-        return self.delta(x, ctx.rope, ctx.store_all(self.index, x.size(0), x.size(1)))
+        store = ctx.store_all(self.index, x.size(0), x.size(1))
+        return self.delta(x, lambda hidden: self.self_attn(hidden, ctx.rope, store))
 
     def forward(self, x, ctx: Context, below: Notes) -> tuple[torch.Tensor, Notes]:
         """x: (B, T, d); below: the notes of the layer below. Returns the new x and this layer's notes."""
@@ -420,6 +424,7 @@ class RoutedBlock(Block):
     parts = {"causal_router": "causal_router", "threshold": "router", "skip": "prior"}
     initial = {"threshold": math.nan}
     default_gate = "soft"
+    by_position = False  # whether it decides by position alone, without a score and a causal router
 
     def __init__(self, cfg, index: int):
         super().__init__(cfg, index)
@@ -427,7 +432,7 @@ class RoutedBlock(Block):
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
         self.offset = cfg.offsets[cfg.routed_layers.index(index)]  # what the causal decision's border is moved by
         self.calibrating: float | None = None  # the share of the tokens to which the next causal pass moves it
-        if cfg.router == "learned":
+        if not self.by_position:
             self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
         self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
         if cfg.causal_decision == "threshold":
@@ -493,15 +498,14 @@ class RoutedBlock(Block):
         The causal router is taught to say the same.
         """
         by_threshold = self.config.causal_decision == "threshold"
-        kth_score = self.kth_score(score, ctx) if by_threshold else None
+        if ctx.lengths is None:
+            indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
+        else:
+            indices, mask = None, routers.top_k_ragged(score, self.capacity, ctx.lengths)
+        decision = Decision(mask, "top-k score", score, None, indices)
+        kth_score = routers.lowest(score.detach(), mask).mean() if by_threshold else None
         if self.config.selection == "threshold":
             decision = self.choose_above_average(score, kth_score, ctx)
-        elif ctx.lengths is None:
-            indices, mask = routers.top_k(score, routers.capacity_k(self.capacity, x.size(1)))
-            decision = Decision(mask, "top-k score", score, None, indices)
-        else:
-            mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
-            decision = Decision(mask, "top-k score", score, None)
         logits, mask = self.causal_logits(x, ctx, notes), decision.mask
         chosen = logits > self.causal_cut
         notes.losses["causal"] = routers.selection_bce(ctx.of_real(logits), ctx.of_real(mask))
@@ -512,14 +516,6 @@ class RoutedBlock(Block):
         notes.stats["causal_capacity"] = ctx.mean(chosen)
         return decision
 
-    def kth_score(self, score, ctx: Context) -> torch.Tensor:
-        """The k-th highest score of each row, each with its own k where there is padding; their mean."""
-        score = score.detach()
-        if ctx.lengths is None:
-            return score.topk(routers.capacity_k(self.capacity, score.size(1)), dim=1).values[:, -1].mean()
-        mask = routers.top_k_ragged(score, self.capacity, ctx.lengths)
-        return score.masked_fill(~mask, torch.inf).amin(1).mean()
-
     def choose_above_average(self, score, kth_score, ctx: Context) -> Decision:
         """The first tokens whose score passes the average k-th highest one, this batch's before there is any: a quarter
         more than the capacity at most.
@@ -527,12 +523,15 @@ class RoutedBlock(Block):
         threshold = ctx.thresholds[self.index]
         cut = torch.where(threshold.isnan(), kth_score, threshold)
         room = [math.ceil(min(n, 1.25 * self.capacity * n)) for n in ctx.lengths or [score.size(1)]]
-        if ctx.lengths is None:
-            mask, indices, valid = routers.first_of(score > cut, room[0])
-            return Decision(mask, "average threshold", score, cut, indices, valid)
-        passing = (score > cut) & ctx.real
-        mask = passing & (passing.cumsum(1) <= torch.tensor(room, device=score.device)[:, None])
-        return Decision(mask, "average threshold", score, cut)
+        passing, indices, valid = score > cut, None, None
+        if ctx.lengths is None:  # all of one width, which the host knows: nothing is read back
+            mask = passing & (passing.cumsum(1) <= room[0])
+            indices = routers.selected_first(mask)[:, : room[0]]  # (B, room)
+            valid = mask.gather(1, indices)
+        else:
+            passing = passing & ctx.real
+            mask = passing & (passing.cumsum(1) <= torch.tensor(room, device=score.device)[:, None])
+        return Decision(mask, "average threshold", score, cut, indices, valid)
 
     def choose_causal(self, x, score, ctx: Context, notes: Notes) -> Decision:
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""
@@ -563,12 +562,11 @@ class RoutedBlock(Block):
     def part_delta(self, x, attention, runs=None):
         """Δ of what is routed, on some tokens (B, k, d).
 
-        attention: that of their normalised hidden states. runs: see kernels.Linear.
+        attention, runs: as in `delta`.
         """
         if self.config.routed_part == "mlp":
             return self.mlp(self.post_attention_layernorm(x), runs)
-        update = attention(self.input_layernorm(x))
-        return update + self.mlp(self.post_attention_layernorm(x + update), runs)
+        return self.delta(x, attention, runs)
 
     def keys_of_all(self, x, ctx: Context):
         """Keys, values and mask of every token where skipped ones give them too, else None."""
@@ -596,7 +594,7 @@ class RoutedBlock(Block):
         prefill: a valid query never reaches the padding of a short row, and the padding's results are dropped.
         """
         decision = notes.decision
-        indices, valid, counts = decision.indices, decision.valid, None
+        indices, valid = decision.indices, decision.valid
         if indices is None:
             indices, counts = routers.pack(decision.mask)  # (B, k), tokens of each row
             valid = decision.mask.gather(1, indices)
@@ -610,8 +608,9 @@ class RoutedBlock(Block):
         B, T, d = x.shape
         flat_indices = (indices + T * torch.arange(B, device=x.device)[:, None]).flatten()  # (B·k)
         rope = tuple(t[indices] for t in ctx.rope)  # (B, k, 1, hd): positions keep their original index
-        # (B, k, d); whole rows move: twenty times gather's speed
-        packed = x.flatten(0, 1).index_select(0, flat_indices).view(B, -1, d)
+
+        def packed(t):  # (B, T, d) → (B, k, d); whole rows move: twenty times gather's speed
+            return t.flatten(0, 1).index_select(0, flat_indices).view(B, -1, d)
 
         def attention(hidden):
             if keys is None:
@@ -619,11 +618,9 @@ class RoutedBlock(Block):
             seen = torch.arange(T, device=x.device) <= indices[:, None, :, None]  # (B, 1, k, T)
             return self.self_attn.attend(hidden, rope, *keys[:2], seen)
 
-        update = self.part_delta(packed, attention)
+        update = self.part_delta(packed(x), attention)
         if guess is not None and ctx.routing == "topk":
-            notes.losses["skip"] = self.skip_loss(
-                guess.flatten(0, 1).index_select(0, flat_indices).view_as(update), update, valid
-            )
+            notes.losses["skip"] = self.skip_loss(packed(guess), update, valid)
         update = self.gated(update, self.gate_values(gate), indices)
         if valid is not None:
             update = update.masked_fill(~valid[..., None], 0)
@@ -715,7 +712,7 @@ class RoutedBlock(Block):
         k = routers.capacity_k(capacity, T) if capacity > 0 else 0
         attending = k if self.config.routed_part == "block" else T
         costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
-        if self.config.router == "learned":
+        if not self.by_position:
             costs.append(linear_flops(self.causal_router, T, input_grad=False))
         if self.config.skip != "identity":
             costs.append(linear_flops(self.skip, T))

@@ -19,6 +19,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import glob
 import inspect
 import math
 import os
@@ -122,7 +123,7 @@ def convert(value, want, text=False):
             return float(value)
         if kind is int and number and value == value // 1:
             return int(value)
-        if kind is typing.Any or (kind is typing.Literal and value in args):
+        if kind is typing.Literal and value in args:
             return value
         if kind not in (int, float, typing.Literal) and isinstance(value, kind):
             return value
@@ -137,9 +138,7 @@ def convert_items(value, want, text):
     elif text:
         value = [item.strip() for item in value.split(",")] if value else []
     items = value if isinstance(value, list | tuple) else [value]
-    if not args:
-        return kind(items)
-    types_of_items = args if kind is tuple and Ellipsis not in args else args[:1] * len(items)
+    types_of_items = args if kind is tuple else args * len(items)
     if len(types_of_items) != len(items):
         raise ValueError(f"{value!r} is not {spell(want)}")
     return kind(convert(item, type_, text) for item, type_ in zip(items, types_of_items, strict=True))
@@ -153,7 +152,7 @@ def from_text(text, kind):
         return WORDS.get(text.lower(), text)
     if kind in (int, float):
         return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
-    return text if kind in (str, typing.Any, typing.Literal) else literal(text)
+    return text if kind in (str, typing.Literal) else literal(text)
 
 
 def literal(text):
@@ -216,8 +215,10 @@ def read_arguments(argv, types_of, positional, wrong):
             rest.append(argument)
             continue
         key, equals, value = argument[2:].partition("=")
-        if not equals and bool in (types_of.get(key), *typing.get_args(types_of.get(key))):
-            value = arguments.pop(0) if arguments and arguments[0].lower() in WORDS else "true"
+        options = (types_of.get(key), *typing.get_args(types_of.get(key)))
+        if not equals and bool in options:
+            words = {*WORDS, *(word for option in options for word in typing.get_args(option))}
+            value = arguments.pop(0) if arguments and arguments[0].lower() in words else "true"
         elif not equals and key in types_of:
             if not arguments or arguments[0].startswith("--"):
                 wrong.append(f"--{key}: a value is missing, as in --{key}=…")
@@ -234,6 +235,10 @@ def read_arguments(argv, types_of, positional, wrong):
 
 def read_file(path, types_of, wrong):
     """The same of a config file: the public names that it defines."""
+    if not os.path.exists(path):
+        near = difflib.get_close_matches(path, glob.glob(os.path.join(os.path.dirname(path), "*.py")), 1, 0.7)
+        wrong.append(f"config file {path} does not exist{f': did you mean {near[0]}?' if near else ''}")
+        return
     try:
         names = runpy.run_path(path)
     except Exception as e:  # noqa: BLE001, it is the user's own program: anything can happen

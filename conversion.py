@@ -1,4 +1,6 @@
-"""What a conversion asks of its parent: which blocks can be spared for some of the tokens, and what a line makes of them."""
+"""What a conversion asks of its parent: which blocks can be spared, for which tokens, and what a line makes of them."""
+
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,10 +64,13 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
 
 
 RIDGE = 1e-3  # of the mean square of what the lines read, which is 1
+DRAWN = 1024  # tokens at a time for which the parent's probabilities are whole
 
 
 def read_and_update(layer, part: str, file) -> list:
-    """Has file(what the part reads, its Δ), (B, T, d) each, called whenever a dense block runs. Returns the hooks' handles."""
+    """Has file(what the part reads, its Δ, what the block puts out), (B, T, d) each, called whenever a dense block runs.
+    Returns the hooks' handles.
+    """
     seen = {}
 
     def keep(name, what):
@@ -76,40 +81,65 @@ def read_and_update(layer, part: str, file) -> list:
     kept = [keep("input_layernorm", lambda x, _: x), keep("post_attention_layernorm", lambda x, _: x)]
     kept += [keep("self_attn", lambda _, out: out), keep("mlp", lambda _, out: out)]
 
-    def done(*_):
+    def done(_, given, out):
         if part == "mlp":
-            file(seen["post_attention_layernorm"], seen["mlp"])
+            file(seen["post_attention_layernorm"], seen["mlp"], out[0])
         else:
-            file(seen["input_layernorm"], seen["self_attn"] + seen["mlp"])
+            file(seen["input_layernorm"], seen["self_attn"] + seen["mlp"], out[0])
         seen.clear()
 
     return [*kept, layer.register_forward_hook(done)]
 
 
 class Regression:
-    """Sums for the least squares of a line from x / rms(x) to Δ(x), and what they come to."""
+    """Sums for the least squares of a line from x / rms(x) to n numbers a token, and what they come to."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, n: int):
         d, self.eps = config.hidden_size, config.rms_norm_eps
-        self.gram, self.moments = (torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, d))
+        self.gram, self.moments = (torch.zeros(d + 1, m, dtype=torch.float64) for m in (d + 1, n))
         self.square, self.rows = 0.0, 0
 
-    def add(self, x: torch.Tensor, update: torch.Tensor):
-        """x, update: (B, T, d)."""
+    def add(self, x: torch.Tensor, target: torch.Tensor):
+        """x: (B, T, d), target: (B, T, n)."""
         wide = torch.float64 if x.device.type == "cuda" else torch.float32  # of products: TF32 would round them
-        update = update.flatten(0, 1).to(wide)  # (B·T, d)
+        target = target.flatten(0, 1).to(wide)  # (B·T, n)
         normed = (x * routers.inverse_rms(x, self.eps)).flatten(0, 1).to(wide)
         normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
         self.gram += (normed.T @ normed).cpu()
-        self.moments += (normed.T @ update).cpu()
-        self.square, self.rows = self.square + update.square().sum().item(), self.rows + len(update)
+        self.moments += (normed.T @ target).cpu()
+        self.square, self.rows = self.square + target.square().sum().item(), self.rows + len(target)
 
     def solve(self) -> tuple[torch.Tensor, float]:
-        """The line (d + 1, d), its bias last, and the share of Δ's square that it explains."""
+        """The line (d + 1, n), its bias last, and the share of the targets' square that it explains."""
         ridge = RIDGE * self.rows * torch.eye(len(self.gram), dtype=torch.float64)
         line = torch.linalg.solve(self.gram + ridge, self.moments)
         error = self.square - 2 * (line * self.moments).sum() + (line * (self.gram @ line)).sum()
         return line, 1 - (error / self.square).item()
+
+
+def fitted(
+    parent: Transformer, config: ModelConfig, n: int, file, run, batches
+) -> dict[int, tuple[torch.Tensor, float]]:
+    """For each routed block what `Regression.solve` finds of n numbers a token: file(regression, x, Δ, what the block puts
+    out) adds to it in each run(batch) of the dense parent.
+    """
+    sums = {i: Regression(config, n) for i in config.routed_layers}
+    layers = ((parent.model.layers[i], partial(file, sums[i])) for i in sums)
+    hooks = [hook for layer, add in layers for hook in read_and_update(layer, config.routed_part, add)]
+    try:
+        for batch in batches:
+            run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {i: own.solve() for i, own in sums.items()}
+
+
+def line_tensors(lines: dict[int, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """{name in the state dict: tensor} of the lines (d + 1, n) of a linear part of each routed block."""
+    places = {i: f"model.layers.{i}.{part}" for i in lines}
+    weights = {f"{places[i]}.weight": line[:-1].T.float().contiguous() for i, line in lines.items()}
+    return weights | {f"{places[i]}.bias": line[-1].float() for i, line in lines.items()}
 
 
 @torch.no_grad()
@@ -120,18 +150,48 @@ def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
     The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}, and
     {layer: the share of Δ's square that the line explains}.
     """
-    sums = {i: Regression(config) for i in config.routed_layers}
-    layers = ((parent.model.layers[i], sums[i]) for i in sums)
-    hooks = [hook for layer, own in layers for hook in read_and_update(layer, config.routed_part, own.add)]
+
+    def add(regression, x, update, out):
+        regression.add(x, update)
+
+    def run(ids):
+        parent(ids, ids)  # with targets logits are never whole
+
+    batches = bar(input_ids.split(batch_size), "fitting linear guesses")
+    found = fitted(parent, config, config.hidden_size, add, run, batches)
+    return line_tensors({i: line for i, (line, _) in found.items()}, "skip"), {
+        i: share for i, (_, share) in found.items()
+    }
+
+
+def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What router="fitted" decides by: for each routed block w and b of the least squares of w · x / rms(x) + b − log(1 + s),
+    over the tokens of input_ids (B, T). s = |⟨∇ log p(y), Δ(x)⟩| in nats: how much what the dense parent says of the text
+    would change if this token skipped the block, to first order, for a text y that is drawn from what it says (so that
+    E s² = Δᵀ F Δ with the Fisher information F of the block's output).
+
+    The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}.
+    """
+
+    def add(regression, x, update, out):
+        def file(gradient):
+            s = (gradient.float() * update.detach().float()).sum(-1, keepdim=True).abs()  # (B, T, 1)
+            regression.add(x.detach(), torch.log1p(out.size(0) * out.size(1) * s))  # the loss is a mean
+
+        if torch.is_grad_enabled():
+            out.register_hook(file)
+
+    def run(ids):
+        with torch.no_grad():
+            said = parent(ids).logits.float().softmax(-1)  # (B, T, V)
+        drawn = torch.multinomial(said.flatten(0, 1), 1).view_as(ids)
+        parent(ids, drawn).loss.backward()
+
+    parent.requires_grad_(False)
+    start = parent.model.embed_tokens.register_forward_hook(lambda _, given, out: out.requires_grad_())
+    rows = max(1, DRAWN // input_ids.size(1))
     try:
-        for ids in bar(input_ids.split(batch_size), "fitting linear guesses"):
-            parent(ids, ids)  # with targets logits are never whole
+        found = fitted(parent, config, 1, add, run, bar(input_ids.split(rows), "fitting routers"))
     finally:
-        for hook in hooks:
-            hook.remove()
-    guesses, explained = {}, {}
-    for i, own in sums.items():
-        line, explained[i] = own.solve()
-        place = f"model.layers.{i}.skip"
-        guesses |= {f"{place}.weight": line[:-1].T.float().contiguous(), f"{place}.bias": line[-1].float()}
-    return guesses, explained
+        start.remove()
+    return line_tensors({i: line for i, (line, _) in found.items()}, "router")

@@ -99,8 +99,9 @@ def prefill(model, ids):
 
 
 def choices(settings: dict) -> list:
-    """The capacities that steps of a run are drawn from: None where there is one only."""
-    return settings.get("capacity_choices") or [None]
+    """The capacities that steps of a run are drawn from: None where there is one only, the model's."""
+    found = settings.get("capacity_choices", [])
+    return found if len(set(found)) > 1 else [None]
 
 
 def micro_batches(settings: dict) -> int:

@@ -23,7 +23,6 @@ class Progress:
     step: int = 0
     flops: float = 0.0
     val_loss: float | None = None  # of this step, where it was evaluated
-    best_val_loss: float | None = None
     bad_in_a_row: int = 0  # steps without a finite loss and gradient, as of the last log
     bad_steps: int = 0
     recent: deque = field(default_factory=lambda: deque(maxlen=100))  # the latest losses of the whole job

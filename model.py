@@ -86,7 +86,9 @@ class Shape:
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
     skip: Literal["identity", "predict", "linear"] = "identity"  # predict, linear: a skipped token gets a guess
     skip_weight: float = 0.05  # predict: weight of the guess's squared error
-    router: Literal["learned", "random", "positional"] = "learned"  # the controls: fixed positions, hashed or even
+    router: Literal["learned", "fitted", "random", "positional"] = (
+        "learned"  # fitted: to a parent; the others: controls
+    )
     router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states
     selection: Literal["topk", "threshold"] = "topk"  # in training; threshold: above the average k-th score
     gate: Literal["soft", "straight_through"] | None = None  # unset: soft, for stt straight_through (no G at inference)
@@ -134,18 +136,18 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
             )
         if heads % kv_heads:
             found.append(f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
-        if self.causal_decision == "threshold" and not self.kind.scores_causally:
+        if self.causal_decision == "threshold" and self.router == "learned" and not self.kind.scores_causally:
             what = f"not available for {self.architecture}: its score looks at the update"
             found.append(f"causal_decision='threshold' is {what}")
-        if self.causal_decision == "threshold" and self.router != "learned":
-            found.append(f"causal_decision='threshold' needs a learned score, and router={self.router!r} has none")
+        if self.causal_decision == "threshold" and self.router in ("random", "positional"):
+            found.append(f"causal_decision='threshold' needs a score, and router={self.router!r} has none")
         if self.selection == "threshold" and self.causal_decision != "threshold":
             found.append("selection='threshold' needs causal_decision='threshold': it is the same decision")
         if self.kind.scores_causally is False and self.stt_output == "dense" and self.skip != "identity":
             found.append(f"stt_output='dense' never skips in training: skip={self.skip!r} would learn nothing")
         found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
-            found.append(f"capacity has {len(self.capacity)} values for {len(self.routed_layers)} routed layers")
+            found.append(f"capacity has {len(self.capacity)} values for the routed layers {self.routed_layers}")
         if self.calibrated is not None:
             if str(self.capacity) not in self.calibrated:
                 known = ", ".join(self.calibrated)
@@ -262,7 +264,9 @@ class Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, input_ids, routing="topk", lengths=None, cache=None):
-        """(B, T) ids → hidden states (B, T, d) behind the last norm, and the notes of every layer."""
+        """(B, T) ids → hidden states behind the last norm, (B, T, d), with a cache (B, 1, d) of each row's newest token, and
+        the notes of every layer.
+        """
         mode, positions = "packed", torch.arange(input_ids.size(1), device=input_ids.device)  # (T)
         if cache is not None and cache.static:
             mode, positions = "static", cache.lengths[:, None]  # (B, 1)
@@ -279,7 +283,7 @@ class Trunk(nn.Module):
             else:
                 x, layer_notes = layer(x, ctx, notes[-1])
             notes.append(layer_notes)
-        return self.norm(x), notes[1:]
+        return self.norm(x if cache is None else ctx.last(x)[:, None]), notes[1:]
 
 
 @dataclass
@@ -411,7 +415,6 @@ class Transformer(Generation, nn.Module):
         trunk = self.model if self.compiled is None or plain else self.compiled
         hidden, notes = trunk(input_ids, routing, lengths, cache)
         if cache is not None:
-            hidden = newest(hidden, lengths)
             cache.advance(lengths, input_ids.size(1))
         if self.training and torch.is_grad_enabled() and self.config.causal_decision == "threshold":
             for layer in self.routed:
@@ -627,14 +630,6 @@ def read_config(directory: str) -> dict:
 def per_layer(capacity: float | list[float], n: int) -> list[float]:
     """A capacity, one value or one per routed layer, as one per routed layer."""
     return list(capacity) if isinstance(capacity, list | tuple) else [capacity] * n
-
-
-def newest(hidden: torch.Tensor, lengths: list[int] | None) -> torch.Tensor:
-    """Each row's newest token: (B, T, d) → (B, 1, d)."""
-    if lengths is None:
-        return hidden[:, -1:]
-    rows = torch.arange(len(lengths), device=hidden.device)
-    return hidden[rows, torch.tensor(lengths, device=hidden.device) - 1][:, None]
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 from comparison import NONE, difference, paired, spread
@@ -29,7 +28,7 @@ from errors import CheckpointError, ConfigError
 from figures import COLOURS, STYLE, colours, label_ends, markdown_table, print_table, routing_map, save_figure, si
 from files import write_whole
 from measure import cached, decode_speeds
-from trained import continuations, encode, open_model, token_texts, trace, visible
+from trained import continuations, encode, open_model, token_texts, trace, trace_window, visible
 
 
 @dataclass
@@ -404,19 +403,14 @@ def selection_of(folder: str, cfg: PlotConfig) -> Selection:
     data_dir, seq_len = data_of(folder)
     train, val = TokenData(data_dir, "train", seq_len), TokenData(data_dir, "val", seq_len)
     ids, targets = val.batch(0, min(cfg.sequences, len(val)))  # (B, T)
-    masks, losses = [], []
-    for x, y in zip(ids.split(4), targets.split(4), strict=True):
-        out = model(x.to(model.head_weight.device), routing="causal", return_masks=True)
-        masks.append(torch.stack([out.masks[i].flatten() for i in layers]).cpu())  # (layers, tokens)
-        targets_there = y.flatten().to(out.logits.device)
-        losses.append(F.cross_entropy(out.logits.flatten(0, 1).float(), targets_there, reduction="none").cpu())
+    traces = [trace_window(model, row, seq_len, 0) for row in torch.cat((ids, targets[:, -1:]), 1)]
     kinds = [kinds_of(token_texts(tokenizer, row.tolist())) for row in ids]
     in_training = torch.bincount(train.batch(0, 1024)[0].flatten(), minlength=train.vocab_size)  # of 1024 sequences
     return Selection(
         layers=layers,
         capacities=model.config.capacities,
-        masks=torch.cat(masks, 1).numpy(),
-        loss=torch.cat(losses).numpy(),
+        masks=torch.cat([torch.stack([*each.masks.values()]) for each in traces], 1).numpy(),  # (layers, tokens)
+        loss=torch.cat([each.loss for each in traces]).numpy(),
         kinds=np.concatenate(kinds),
         counts=in_training[ids].flatten().numpy(),
         seq_len=seq_len,

@@ -375,14 +375,19 @@ def merge_records(jobs, out_dir, width):
         if not entry["train"]["tokens"]:
             number = entry["val"]["documents"]
             lost = f"all {number} documents fell into validation: more text, or a lower val_fraction"
-            for record in (record for source, _, record in jobs if source.name == name):
-                record.unlink()  # other text or another fraction may take its place
-            if not any((out_dir / "sealed").glob("*/*.json")):  # and a tokenizer that is trained on it
-                (out_dir / "sealed" / "tokenizer.json").unlink(missing_ok=True)
+            forget((record for source, _, record in jobs if source.name == name), out_dir)
             raise DataError(f"source {name}: {lost if number else 'an empty corpus'}")
         if entry["weight"] is None:
             entry["weight"] = entry["train"]["tokens"] / 1e6
     return sources
+
+
+def forget(records, out_dir):
+    """Other text or another fraction may take the place of these records, and of a tokenizer that nothing else is left of."""
+    for record in records:
+        record.unlink()
+    if not any((out_dir / "sealed").glob("*/*.json")):
+        (out_dir / "sealed" / "tokenizer.json").unlink(missing_ok=True)
 
 
 def main(argv):
@@ -419,9 +424,10 @@ def main(argv):
     write_json(out_dir / "manifest.json", manifest)
     train, val = (sum(entry[split]["tokens"] for entry in merged.values()) for split in SPLITS)
     print(f"{out_dir}: {train:,} tokens to train on, {val:,} for validation, of {vocab_size:,} kinds")
-    if not val:
-        cure = "prepare more of them (a file is one, or a row), or set a higher val_fraction"
-        print(f"no document fell into validation, which train.py needs: {cure}")
+    if not val and cfg.val_fraction:
+        forget((record for _, _, record in jobs), out_dir)
+        cure = "more text, or a higher val_fraction"
+        raise DataError(f"{out_dir}: no document fell into validation, which train.py needs: {cure}")
 
 
 if __name__ == "__main__":

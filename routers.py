@@ -252,13 +252,9 @@ def valid_mask(lengths: list[int], T: int, device) -> torch.Tensor:
     return torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def first_of(mask: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first `room` selected tokens of each row: mask (B, T) → that mask, indices (B, room) as in `pack`, which of
-    those are selected (B, room). Nothing is read back to the host.
-    """
-    mask = mask & (mask.cumsum(1) <= room)
-    indices = selected_first(mask)[:, :room]
-    return mask, indices, mask.gather(1, indices)
+def lowest(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The lowest selected score of each row, that of a top-k selection its k-th highest: (B, T) each → (B, 1)."""
+    return score.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
 
 
 def pack(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -28,9 +28,6 @@ TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
 LONG, CUT = 1 << 15, 1 << 14  # bytes: a file over LONG is cut into documents of about CUT, lest a few files make up val
 UNIT = 1 << 28  # bytes of local files in a unit
 RETRIES = 4  # attempts to read from a data set, seconds apart: 1, 4, 16
-ALIASES = {  # data sets that have moved: id -> (id, text, why)
-    "storytracer/US-PD-Books": ("sedthh/gutenberg_english", "TEXT", "its texts are gone from the hub"),
-}
 
 
 @dataclass
@@ -100,7 +97,7 @@ def read_sources(cfg):
 
 
 def read_source(given):
-    """The Source of a dict from a config file; raises ConfigError. A data set that has moved is read where it is now."""
+    """The Source of a dict from a config file; raises ConfigError."""
     types_of, values, found = get_type_hints(Source), {}, []
     for key, value in given.items():
         try:
@@ -115,10 +112,6 @@ def read_source(given):
         found.append(str(e))
     if found:
         raise ConfigError("; ".join(found))
-    if source.id in ALIASES:
-        old_id = source.id
-        source.id, source.text, why = ALIASES[old_id]
-        print(f"{old_id}: {why}; taking the same share of {source.id}")
     return source
 
 

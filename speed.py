@@ -67,7 +67,7 @@ def speed_models(cfg, shape: ModelConfig, names, trained: Transformer | None, de
 def speed(cfg, models: dict[str, Transformer], device, dtype) -> dict:
     """Times every measure for `models` and transformers: {"rows": […], "memory": {variant: {…}}}. Prints tables."""
     suite = Suite(cfg, models, device, peak_flops(device, dtype))
-    if "train" in cfg.measure or cfg.profile:
+    if "train" in cfg.measure:
         training(suite, autocast(device, dtype))
     with torch.inference_mode():
         inference(suite, dtype)
@@ -184,20 +184,11 @@ def training(suite: Suite, context):
     """A training step: its time and memory, and a trace where one is wanted."""
     B, T = suite.x.shape
     steps = {name: training_step(model, suite.x, suite.y, context) for name, model in suite.variants.items()}
-    if "train" in suite.cfg.measure:
-        flops = {name: model.flops_per_token(T, training=True) * B * T for name, model in suite.models.items()}
-        times = suite.time(lambda model, name: steps[name][0](model), suite.compiled)
-        suite.report("train", times, B * T, flops)
-        for name, (step, optimizer) in steps.items():
-            suite.memory[name] |= step_memory(step, suite.variants[name], optimizer, suite.device)
-    if suite.cfg.profile:
-        with torch.profiler.profile() as profiler:
-            for name, (step, _) in steps.items():
-                with torch.profiler.record_function(f"training step of {name}"):
-                    step(suite.variants[name])
-        os.makedirs("out", exist_ok=True)
-        profiler.export_chrome_trace("out/trace.json")
-        print("trace: out/trace.json")
+    flops = {name: model.flops_per_token(T, training=True) * B * T for name, model in suite.models.items()}
+    times = suite.time(lambda model, name: steps[name][0](model), suite.compiled)
+    suite.report("train", times, B * T, flops)
+    for name, (step, optimizer) in steps.items():
+        suite.memory[name] |= step_memory(step, suite.variants[name], optimizer, suite.device)
 
 
 def training_step(model, x, y, context):

@@ -75,8 +75,10 @@ class StudyConfig:
 
     def __post_init__(self):
         found = problems(self)
-        if self.reference not in self.arms:
-            found.append(f"reference={self.reference!r} is not one of the arms: {', '.join(self.arms) or 'none'}")
+        if not self.arms:
+            found.append("arms is empty: name a config file that sets them, as config/study_scratch.py does")
+        elif self.reference not in self.arms:
+            found.append(f"reference={self.reference!r} is not one of the arms: {', '.join(self.arms)}")
         found += [
             f"only={arm} is not one of the arms: {', '.join(self.arms)}" for arm in self.only if arm not in self.arms
         ]
@@ -222,12 +224,13 @@ def refuse_changed(cfg: StudyConfig, runs: list[Run]):
     """Raises ConfigError for runs that were begun with other settings, or on other data, than the study now gives them."""
     changed = []
     for run in runs:
-        foreign = run.model.exists()  # unless the study says that it is its own
-        known = run.recorded["settings"] if run.recorded else {} if foreign else run.settings
-        before = run.kept("study.json").get("settings", known)
+        begun = run.kept("study.json") or run.recorded or {}
+        if not begun and not run.model.exists():  # a model that no study says is its own is refused
+            continue
+        before = begun.get("settings", {})
         keys = [key for key in before | run.settings if before.get(key) != run.settings.get(key)]
         what = [f"{key} was {before.get(key)!r} and is now {run.settings.get(key)!r}" for key in keys]
-        known, now = (run.recorded or run.kept("study.json")).get("data"), digest(run.settings["data_dir"])
+        known, now = begun.get("data"), digest(run.settings["data_dir"])
         if known and now and known != now and not cfg.report:
             what.append(f"{run.settings['data_dir']} held other text, or the same in another order")
         if what:
@@ -414,7 +417,7 @@ def execute(cfg: StudyConfig, runs: list[Run]) -> dict[str, str]:
         print(file=sys.stderr)
     children.release_signals()
     if children.signal:
-        say(f"{signal.Signals(children.signal).name}: stopped and saved; the same command goes on")
+        say(f"{signal.Signals(children.signal).name}: stopped; the same command goes on")
         sys.exit(128 + children.signal)
     return failed
 
@@ -527,8 +530,9 @@ def main(argv: list[str]):
         comparison.report(document, cfg.results, cfg.picture)
     for name, why in failed.items():
         say(f"{name} failed: {why}")
+    if missing := [run.name for run in runs if run not in finished]:
+        say(f"{len(finished)} of {len(runs)} runs are finished; missing: {', '.join(missing)}")
     if failed or not finished:
-        say(f"{len(finished)} of {len(runs)} runs are finished")
         sys.exit(1)
 
 

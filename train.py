@@ -37,7 +37,7 @@ import lora
 import parallel
 import publish
 from configurator import cli, configure
-from conversion import choose_layers, fit_guesses, removal_costs
+from conversion import choose_layers, fit_guesses, fit_routers, removal_costs
 from data import TokenData
 from device import (
     autocast,
@@ -62,7 +62,7 @@ from tokenizer import vocabulary
 from weights import fill, find_model
 
 CALIBRATING = 16_384  # tokens that thresholds are calibrated on
-FITTING = 32  # times the hidden size: training tokens that linear guesses are fitted on
+FITTING = 32  # times the hidden size: training tokens that lines are fitted on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,21 +267,18 @@ class Run:
         torch.manual_seed(cfg.seed)
         placed = {"device": self.device, "dtype": self.dtype, "offload": cfg.offload}
         shard = partial(parallel.shard, **placed) if self.sharded else None
-        size_is_set = "size" in train_set
-        model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, self.device, size_is_set)
+        model = build_model(cfg, model_set, model_cfg, self.resumed, self.data, shard, self.device, self.dtype)
         if cfg.lora:
             lora.lower(model, self.dtype)
         model.model.gradient_checkpointing = cfg.gradient_checkpointing
         if not self.resumed or saved["step"] < cfg.max_steps:  # the weights move on
             model.config.calibrated = None
+            model.set_capacity(model.config.capacity)  # whose borders were calibrated
         self.model, self.model_config = model, model.config.to_dict()  # as asked for; annealing changes model.config
-        self.choices = cfg.capacity_choices
-        if (
-            len(set(self.choices)) == 1
-        ):  # to be calibrated to: what is asked for, behind a config that names another too
-            self.choices = [self.model_config["capacity"]]
-            if self.choices != cfg.capacity_choices:
-                say(f"note: capacity={self.choices[0]} goes before capacity_choices={cfg.capacity_choices}")
+        several, asked = len(set(cfg.capacity_choices)) > 1, self.model_config["capacity"]
+        self.choices = cfg.capacity_choices if several else []  # of which each step draws one
+        if cfg.capacity_choices and not several and asked not in cfg.capacity_choices:
+            say(f"note: capacity={asked} goes before capacity_choices={cfg.capacity_choices}")
         self.teacher = open_teacher(cfg, model.config, self.device, self.dtype)
         model.train()
         if not self.sharded:
@@ -334,10 +331,10 @@ class Run:
     def restore(self, saved: dict):
         """Puts a run where its checkpoint stood: optimizer, counters, random generators, metrics not yet logged."""
         progress, device = self.progress, self.device
-        progress.step, progress.flops, progress.best_val_loss = saved["step"], saved["flops"], saved["best_val_loss"]
+        progress.step, progress.flops = saved["step"], saved["flops"]
         progress.bad_in_a_row, progress.bad_steps = saved["bad"]
         progress.recent.extend(saved["recent"])
-        used, now = saved.get("optimizer", "AdamW"), type(self.optimizer).__name__
+        used, now = saved["optimizer"], type(self.optimizer).__name__
         if used != now:
             raise ConfigError(f"{self.resumed} was made with {used}, not with {now}: start with another --out_dir")
         checkpoint.load_optimizer(self.resumed, self.model, self.optimizer)
@@ -411,13 +408,13 @@ class Run:
 
     def leave_the_drawn_capacity(self):
         """For the one that was asked for: what is measured, saved and exported has that."""
-        if self.choices and self.cfg.capacity_start is None:
+        if self.choices:
             self.model.set_capacity(self.model_config["capacity"])
 
     def calibrate(self) -> bool:
         """Where the causal decision of each routed layer selects each of its choices, on some training text. Whether it did."""
         cfg, end = self.cfg, self.model_config["capacity"]
-        if not self.choices or self.model.config.calibrated:
+        if not cfg.capacity_choices or self.model.config.calibrated:
             return False
         say(f"calibrating {len(self.model.routed)} routed blocks on {CALIBRATING:,} tokens")
         ids, found = self.data.batch(0, -(-CALIBRATING // cfg.seq_len))[0].to(self.device), {}
@@ -460,7 +457,6 @@ class Run:
         topk, causal = evaluate(self.model, self.val, self.cfg, self.device, self.dtype)
         if math.isfinite(topk):
             progress.val_loss = topk
-            progress.best_val_loss = topk if progress.best_val_loss is None else min(topk, progress.best_val_loss)
         say(f"step {progress.step}: validation loss {topk:.4f}, under causal routing {causal:.4f}")
         self.about["validation"] = {"step": progress.step, "loss": topk, "loss_causal": causal}
         losses = {"val/loss": topk, "val/loss_causal": causal}
@@ -478,7 +474,6 @@ class Run:
             "tokens": progress.step * self.metrics.tokens_per_step,
             "flops": progress.flops,
             "val_loss": progress.val_loss,
-            "best_val_loss": progress.best_val_loss,
             "bad": [progress.bad_in_a_row, progress.bad_steps],
             "recent": list(progress.recent),
             "data": self.fingerprint,
@@ -517,7 +512,12 @@ def read_settings(train_set, model_set):
     resume, out_dir = (train_set.get(key, getattr(TrainConfig, key)) for key in ("resume", "out_dir"))
     resumed = from_main(checkpoint.find(resume, out_dir, say) if rank() == 0 else None)
     if not resumed:
-        return None, {}, TrainConfig(**train_set), None
+        cfg = TrainConfig(**train_set)
+        if "size" in train_set and cfg.init_from != "scratch":
+            raise ConfigError(
+                f"size={cfg.size!r} is of a model from scratch, {cfg.init_from} has its own: leave size out"
+            )
+        return None, {}, cfg, None
     saved = checkpoint.read_state(resumed)
     cfg, model_cfg = go_on(saved, {"out_dir": str(resumed.parent)} | train_set, model_set)
     if Path(cfg.out_dir).resolve() != resumed.parent.resolve():
@@ -533,7 +533,7 @@ def go_on(saved, train_set, model_set):
         cfg = TrainConfig(**saved["config"]["train"] | train_set)
         model_cfg = ModelConfig.from_dict(saved["config"]["model"], **model_set)
         step, earlier_model = saved["step"], asdict(ModelConfig.from_dict(saved["config"]["model"]))
-        for youngest in ("bad", "recent", "about"):
+        for youngest in ("bad", "recent", "about", "optimizer"):
             saved[youngest]
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"state.json was written by another version of train.py: {e}") from e
@@ -550,34 +550,37 @@ def go_on(saved, train_set, model_set):
     return cfg, model_cfg
 
 
-def build_model(cfg, model_set, model_cfg, resumed, data, shard, device, size_is_set) -> Transformer:
+def build_model(cfg, model_set, model_cfg, resumed, data, shard, device, dtype) -> Transformer:
     """The model of a new or a resumed run, on the CPU or sharded. model_cfg: of a resumed one."""
     if resumed:
         # The capacity is the one that the run was given: that of an annealed checkpoint is on its way there.
         model = checkpoint.load_model(resumed, shard, capacity=model_cfg.capacity)
     elif cfg.init_from == "scratch":
+        if model_set.get("router") == "fitted":
+            raise ConfigError("router='fitted' is fitted to a parent when train.py converts one: set init_from")
         of_data = {"eos_token_id": data.manifest["eot_token"], "vocab_size": data.vocab_size}
         model_cfg = ModelConfig.preset(cfg.size, **of_data | SIZES.get(cfg.size, {}) | model_set)
         check_fit(cfg, model_cfg, data, world())  # before memory is taken
         model = checkpoint.empty_model(model_cfg, shard)
         model.init_weights(model.state_dict())
     else:
-        model = convert(cfg, model_set, data, shard, device, size_is_set)
+        model = convert(cfg, model_set, data, shard, device, dtype)
     check_fit(cfg, model.config, data, world())
     return model
 
 
-def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
+def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
     """The model of init_from, as the architecture that is asked for. Raises ConfigError where it cannot be trained on.
 
-    device: where its parent runs, if it is asked which blocks it can spare and what they do.
+    device, dtype: where and in what its parent runs, if it is asked which blocks it can spare and what they do.
     """
     if another_tokenizer(cfg.init_from, cfg.data_dir):
         cure = f"prepare the text with python prepare.py --tokenizer={cfg.init_from}"
         raise ConfigError(f"{cfg.data_dir} has another tokenizer than {cfg.init_from}: {cure}")
     keep, parent = cfg.keep_layers or None, None
-    choose, fit = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
-    if choose or fit:
+    choose, guess = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
+    route = model_set.get("router") == "fitted"
+    if choose or guess or route:
         parent = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep)
         check_fit(cfg, parent.config, data, world(), routes=False)  # before anything is measured
         if shard is None:
@@ -585,17 +588,16 @@ def convert(cfg, model_set, data, shard, device, size_is_set) -> Transformer:
     if choose:
         model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent, device)}
     model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
-    shape = SIZES.get(cfg.size, {}).items() if size_is_set else ()
-    if any(getattr(model.config, name) != value for name, value in shape):
-        raise ConfigError(f"size={cfg.size!r} is not the size of {cfg.init_from}: leave size out")
     places = dict.fromkeys(tuple(name.split(".")[2:4]) for name in model.initialized)  # (layer, part)
     counts = Counter(part for _, part in places)
     new = ", ".join(f"{n} {part.replace('_', ' ')}s" for part, n in counts.items()) or "nothing"
     say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
-    if fit and "skip" in counts:
+    if guess and "skip" in counts:
         start_guesses(cfg, model, data, parent, device)
+    if route and "router" in counts:
+        start_routers(cfg, model, data, parent, device, dtype)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from, keep)
     return model
@@ -608,6 +610,16 @@ def start_guesses(cfg, model, data, parent, device):
     fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
     said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
     say(f"share of each block's update that its linear guess explains, on the text it was fitted to: {said}")
+
+
+def start_routers(cfg, model, data, parent, device, dtype):
+    """router="fitted": fits the routers to the parent, on some sequences of the training text."""
+    ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
+    with autocast(device, dtype):
+        lines = from_main(
+            fit_routers(parent, model.config, ids.to(device))
+        )  # ranks may round otherwise, and must agree
+    fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in lines.items()})
 
 
 def spared_layers(cfg, model_set, data, parent, device) -> list[int]:

@@ -15,7 +15,8 @@ _title = r" = [^=]+ = \n?$"  # a row of wikitext is a line; an article begins wi
 sources = [
     {"id": "Salesforce/wikitext", "subset": "wikitext-103-raw-v1", "val_split": "validation", "join": _title},
     {"id": "abisee/cnn_dailymail", "subset": "3.0.0", "text": "article", "share": 0.2, "val_split": "validation"},
-    {"id": "storytracer/US-PD-Books", "share": 0.5},
+    # storytracer/US-PD-Books in the paper, whose texts are gone from the hub
+    {"id": "sedthh/gutenberg_english", "text": "TEXT", "name": "US-PD-Books", "share": 0.5},
     *[{"id": "HuggingFaceTB/cosmopedia", "subset": _subset, "share": 0.1} for _subset in _cosmopedia],
     {"id": "allenai/sciq", "text": _question, "val_split": "validation"},
     {"id": "codeparrot/codeparrot-clean-valid", "text": "content"},

@@ -9,7 +9,7 @@ from helpers import random_ids, relative_error, small_model
 from test_train import common, data, metrics, own_signal_handlers, start  # noqa: F401
 
 import train
-from conversion import choose_layers, fit_guesses, removal_costs
+from conversion import choose_layers, fit_guesses, fit_routers, removal_costs
 from errors import ConfigError, ModelError
 from model import ModelConfig, Transformer
 
@@ -76,6 +76,64 @@ def test_fitted_guesses_are_the_least_squares(part):
         assert relative_error(guesses[f"model.layers.{i}.skip.bias"], expected[16]) <= 1e-4
         share = 1 - ((a @ expected - y).square().sum() / y.square().sum()).item()
         assert explained[i] == pytest.approx(share, abs=1e-4) and 0 < share < 1
+
+
+@pytest.mark.parametrize("part", ["block", "mlp"])
+def test_fitted_routers_foretell_what_skipping_changes(part):
+    """Against lstsq on what each token's update moves the log-probability of a drawn text by, from one backward pass a block."""
+    model = small_model("dense", hidden_size=16, num_attention_heads=2, max_position_embeddings=400)
+    ids = random_ids(3, 400)
+    config = ModelConfig(**{**vars(model.config), "architecture": "mod", "routed_layers": [1, 3], "routed_part": part})
+    torch.manual_seed(1)
+    lines = fit_routers(model, config, ids)
+    torch.manual_seed(1)
+    with torch.no_grad():  # two rows at a time: 1,024 tokens
+        drawn = [torch.multinomial(model(rows).logits.softmax(-1).flatten(0, 1), 1) for rows in (ids[:2], ids[2:])]
+    drawn = torch.cat(drawn).view_as(ids)
+    for i in (1, 3):
+        seen = {}
+        layer = model.model.layers[i]
+
+        def moved(_, given, out, seen=seen):
+            seen["x"], seen["update"] = given[0].detach(), torch.zeros_like(given[0], requires_grad=True)
+            return out[0] + seen["update"], out[1]
+
+        hook = layer.register_forward_hook(moved)
+        attended = layer.self_attn.register_forward_hook(lambda _, given, out, seen=seen: seen.update(attended=out))
+        logits = model(ids).logits
+        said = logits.log_softmax(-1).gather(-1, drawn[..., None]).sum()
+        (slope,) = torch.autograd.grad(said, seen["update"])
+        hook.remove()
+        attended.remove()
+        with torch.no_grad():
+            attention = seen["attended"]
+            mlp = layer.mlp(layer.post_attention_layernorm(seen["x"] + attention))
+            read, update = (seen["x"] + attention, mlp) if part == "mlp" else (seen["x"], attention + mlp)
+            y = torch.log1p((slope * update).sum(-1).abs()).flatten().double()
+            a = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+            a = F.pad(a.flatten(0, 1), (0, 1), value=1.0).double()
+            ridge = (1e-3 * len(a)) ** 0.5 * torch.eye(17, dtype=torch.float64)
+            expected = torch.linalg.lstsq(torch.cat((a, ridge)), torch.cat((y, torch.zeros(17)))[:, None]).solution
+        assert relative_error(lines[f"model.layers.{i}.router.weight"], expected[:16].T) <= 1e-3
+        assert relative_error(lines[f"model.layers.{i}.router.bias"], expected[16]) <= 1e-3
+
+
+def test_a_conversion_fits_its_routers_once_and_leaves_them(data, start, tmp_path):  # noqa: F811
+    keys = [
+        *common(data),
+        "--architecture=mod",
+        "--router=fitted",
+        "--causal_decision=threshold",
+        f"--out_dir={tmp_path}",
+    ]
+    train.main([*keys, f"--init_from={start / 'dense'}", "--max_steps=1"])
+    first = Transformer.from_pretrained(tmp_path / "final_model").state_dict()
+    train.main([*keys, "--resume=auto", "--max_steps=4"])
+    last = Transformer.from_pretrained(tmp_path / "final_model").state_dict()
+    fixed = {name for name in last if name.endswith(("router.weight", "router.bias")) and "causal" not in name}
+    assert {name for name in last if torch.equal(first[name], last[name])} == fixed and fixed
+    with pytest.raises(ConfigError, match="fitted to a parent when train.py converts one: set init_from"):
+        train.main([*keys, "--resume=none", f"--out_dir={tmp_path / 'x'}", "--init_from=scratch"])
 
 
 def test_a_conversion_starts_from_fitted_guesses(data, start, tmp_path, capsys):  # noqa: F811

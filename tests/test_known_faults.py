@@ -1,5 +1,6 @@
 """The faults of existing DTF, STT and MoD code, 2024 to 2026, each seen by running it: one property each, shown here."""
 
+import functools
 import math
 
 import pytest
@@ -126,12 +127,9 @@ def test_09_15_16_22_the_routed_block_by_brute_force(architecture, routing):
         if architecture == "mod":
             gate = torch.sigmoid(x @ layer.router.weight[0])[indices, None]
         elif architecture == "norm":  # tests/new_architecture.py
-            change = (
-                model.model.layers[2]
-                .delta(seen["below"], rope_tables(torch.arange(60), 8, model.config.rope_theta))
-                .square()
-                .mean(-1)
-            )
+            dense, rope = model.model.layers[2], rope_tables(torch.arange(60), 8, model.config.rope_theta)
+            update = dense.delta(seen["below"], functools.partial(dense.self_attn, rope=rope))
+            change = update.square().mean(-1)
             gate = torch.sigmoid(layer.router.weight[0] * (change / seen["below"].square().mean(-1)).log())
             gate = gate[row][indices, None]
         elif architecture == "dtf":
@@ -236,7 +234,9 @@ def test_10_the_attention_has_no_backward_of_its_own():
     inputs = [x, *(p.weight for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))]
     direction = torch.randn(12, 32)
     plain = torch.autograd.grad((brute_force_update(layer, x, torch.arange(12), 1e4) * direction).sum(), inputs)
-    ours = torch.autograd.grad((layer.delta(x[None], rope)[0] * direction).sum(), inputs)
+    ours = torch.autograd.grad(
+        (layer.delta(x[None], lambda hidden: layer.self_attn(hidden, rope))[0] * direction).sum(), inputs
+    )
     for got, expected in zip(ours, plain, strict=True):
         assert relative_error(got, expected) <= 1e-4
 

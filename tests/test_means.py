@@ -7,7 +7,7 @@ import pytest
 import test_model as properties
 import torch
 import torch.nn.functional as F
-from helpers import Variant, random_ids, relative_error, small_model
+from helpers import Variant, random_ids, relative_error, set_thresholds, small_model
 from test_known_faults import brute_force_update
 
 import routers
@@ -31,11 +31,12 @@ VARIANTS += [
     Variant("stt", router="positional"),
     Variant("mod", routed_layers=[1, 2, 3]),
     Variant("mod", routed_part="mlp", skip="linear", kv="all"),
+    Variant("dtf", router="fitted", kv="all"),
 ]
 AVERAGED = [
     Variant(name, selection="threshold", causal_decision="threshold", **m)
     for name in ("mod", "dtf")
-    for m in ({}, MEANS[1])
+    for m in ({}, MEANS[1], {"router": "fitted"})
 ]
 COMBINED = VARIANTS[6:]  # those before are parts of them: the compiler, which takes seconds, is asked once
 every = pytest.mark.parametrize("variant", VARIANTS, ids=repr)
@@ -119,6 +120,28 @@ def test_routed_mlp_by_brute_force(routing):
         before = F.pad(normed, (0, 0, 1, 0))[:-1]
         logits = torch.cat((normed, before), -1) @ layer.causal_router.weight[0] + layer.causal_router.bias
         torch.testing.assert_close(notes.tokens["causal_probability"][row], logits.sigmoid(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["mod", "dtf", "stt"])
+def test_a_fitted_router_by_brute_force(variant):
+    """The k tokens with the highest line run, their update as it is; by the threshold, the same line decides at inference."""
+    model, ids, seen = small_model(variant, router="fitted", causal_decision="threshold"), random_ids(2, 40), {}
+    set_thresholds(model)
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0], mask=out[1].decision.mask))
+    for routing in ("topk", "causal"):
+        with torch.no_grad():
+            model(ids, routing=routing)
+        x, y, mask = seen["x"], seen["y"], seen["mask"]
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
+        line = normed @ layer.router.weight[0] + layer.router.bias  # (2, 40)
+        kth = line.topk(20, dim=1).values[:, -1:]
+        assert torch.equal(mask, line >= kth if routing == "topk" else line > layer.threshold) and not mask.all()
+        for row in range(2):
+            indices = mask[row].nonzero()[:, 0]
+            update = brute_force_update(layer, x[row], indices, model.config.rope_theta)
+            assert relative_error(y[row, indices], x[row, indices] + update) <= 1e-5
+            assert torch.equal(y[row][~mask[row]], x[row][~mask[row]])
 
 
 def tables(model, T):

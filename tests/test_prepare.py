@@ -239,8 +239,8 @@ def test_what_was_empty_can_be_filled(tmp_path):
     (tmp_path / "more.txt").write_text("some words, enough to train a small tokenizer on\n" * 50)
     argv = [f"--input={tmp_path}/e.txt,{tmp_path}/more.txt", f"--out_dir={tmp_path}/d", "--vocab_size=270"]
     assert "documents fell into validation" in one_line(script(*argv, "--val_fraction=0.999999"))
-    done = script(*argv, "--val_fraction=0")
-    assert done.returncode == 0 and "no document fell into validation, which train.py needs" in done.stdout
+    assert "no document fell into validation, which train.py needs: more text" in one_line(script(*argv))
+    assert script(*argv, "--val_fraction=0").returncode == 0
     with pytest.raises(DataError, match="no validation tokens: prepare it again with a higher val_fraction"):
         TokenData(tmp_path / "d", "val", 8)
     # A tokenizer that was trained on no text does not stay for what comes into its place.
@@ -333,8 +333,7 @@ def rows_of(hub, id, pattern):
 
 
 def test_the_mixture(mixture):
-    hub, out, printed = mixture
-    assert "storytracer/US-PD-Books: its texts are gone from the hub; taking the same share of sedthh" in printed
+    hub, out, _ = mixture
     sources = read_manifest(out)["sources"]
     cosmopedia = [name for name in sources if name.startswith("cosmopedia-")]
     documents = {  # the shares of config/mixture.py of what tests/hub.py publishes; an article of wikitext is one
@@ -590,7 +589,8 @@ def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, monkeypatch, caps
     ticks = itertools.count(0, 30)
     monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(prepare, "BATCH", 1 << 16)
-    prepare.main([f"--input={tmp_path / 'a.jsonl'}", f"--out_dir={tmp_path}/d", "--vocab_size=300", "--num_proc=1"])
+    argv = [f"--input={tmp_path / 'a.jsonl'}", f"--out_dir={tmp_path}/d", "--vocab_size=300", "--num_proc=1"]
+    prepare.main([*argv, "--val_fraction=0"])  # nothing is held out of so little
     lines = re.findall(
         r"^a: (\d+)%, ([\d,]+) tokens, [\d,]+ tokens/s, [\d:]+ left$", capsys.readouterr().out, re.MULTILINE
     )

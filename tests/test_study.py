@@ -85,7 +85,7 @@ def finished(folder, killed):
 def test_a_stopped_study_hands_the_signal_on_and_its_runs_are_saved(folder, killed):
     status, steps = killed
     assert status == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped and saved; the same command goes on" in (folder / "killed.log").read_text()
+    assert "SIGTERM: stopped; the same command goes on" in (folder / "killed.log").read_text()
     assert steps and not (folder / "runs" / "dense-1" / "final_model").exists()
     assert not (folder / "runs" / "half-1.log").exists(), "nothing new is begun"
 
@@ -104,7 +104,7 @@ def test_a_second_time_nothing_is_done_but_what_failed(folder, finished, capsys)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     error = capsys.readouterr().err
     assert "broken-1 failed" in error and "no_such_task" in error
-    assert "4 of 5 runs are finished" in error and "dense-1 failed" not in error
+    assert "4 of 5 runs are finished; missing: broken-1" in error and "dense-1 failed" not in error
     assert len(json.loads((folder / "r.json").read_text())["runs"]) == 4, "what is not asked for again stays"
 
 
