@@ -1,5 +1,6 @@
 """What a conversion asks of its parent: which blocks can be spared, for which tokens, and what a line makes of them."""
 
+import math
 from functools import partial
 
 import torch
@@ -64,6 +65,7 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
 
 
 RIDGE = 1e-3  # of the mean square of what the lines read, which is 1
+DRAWN_RIDGE = 0.1  # where one draw a token hides what is looked for
 DRAWN = 1024  # tokens at a time for which the parent's probabilities are whole
 
 
@@ -109,16 +111,17 @@ class Regression:
         self.moments += (normed.T @ target).cpu()
         self.square, self.rows = self.square + target.square().sum().item(), self.rows + len(target)
 
-    def solve(self) -> tuple[torch.Tensor, float]:
+    def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
         """The line (d + 1, n), its bias last, and the share of the targets' square that it explains."""
-        ridge = RIDGE * self.rows * torch.eye(len(self.gram), dtype=torch.float64)
-        line = torch.linalg.solve(self.gram + ridge, self.moments)
+        held = ridge * self.rows * torch.ones(len(self.gram), dtype=torch.float64)
+        held[-1] = 0  # the bias is free
+        line = torch.linalg.solve(self.gram + held.diag(), self.moments)
         error = self.square - 2 * (line * self.moments).sum() + (line * (self.gram @ line)).sum()
         return line, 1 - (error / self.square).item()
 
 
 def fitted(
-    parent: Transformer, config: ModelConfig, n: int, file, run, batches
+    parent, config: ModelConfig, n: int, ridge: float, file, run, batches
 ) -> dict[int, tuple[torch.Tensor, float]]:
     """For each routed block what `Regression.solve` finds of n numbers a token: file(regression, x, Δ, what the block puts
     out) adds to it in each run(batch) of the dense parent.
@@ -132,7 +135,7 @@ def fitted(
     finally:
         for hook in hooks:
             hook.remove()
-    return {i: own.solve() for i, own in sums.items()}
+    return {i: own.solve(ridge) for i, own in sums.items()}
 
 
 def line_tensors(lines: dict[int, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
@@ -158,7 +161,7 @@ def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
         parent(ids, ids)  # with targets logits are never whole
 
     batches = bar(input_ids.split(batch_size), "fitting linear guesses")
-    found = fitted(parent, config, config.hidden_size, add, run, batches)
+    found = fitted(parent, config, config.hidden_size, RIDGE, add, run, batches)
     return line_tensors({i: line for i, (line, _) in found.items()}, "skip"), {
         i: share for i, (_, share) in found.items()
     }
@@ -191,7 +194,23 @@ def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
     start = parent.model.embed_tokens.register_forward_hook(lambda _, given, out: out.requires_grad_())
     rows = max(1, DRAWN // input_ids.size(1))
     try:
-        found = fitted(parent, config, 1, add, run, bar(input_ids.split(rows), "fitting routers"))
+        found = fitted(parent, config, 1, DRAWN_RIDGE, add, run, bar(input_ids.split(rows), "fitting routers"))
     finally:
         start.remove()
     return line_tensors({i: line for i, (line, _) in found.items()}, "router")
+
+
+@torch.no_grad()
+def allot(model: Transformer, input_ids: torch.Tensor) -> list[float]:
+    """How a capacity γ is shared out among the routed blocks of a model with fitted routers: p of each, which takes γ^p, so that
+    one border over the scores of all of them selects these shares of input_ids (B, T), and γ of all.
+    """
+    layers, scores = model.config.routed_layers, []
+    for row in input_ids:
+        tokens = model(row[None], row[None], return_masks=True).tokens  # with targets logits are never whole
+        scores.append(torch.cat([tokens[i]["score"] for i in layers]))  # (layers, T)
+    scores = torch.cat(scores, 1)
+    selected = max(1, round(model.config.capacity * scores.numel()))
+    border = scores.flatten().topk(selected).values[-1]
+    shares = (scores >= border).double().mean(1).clamp(min=1 / scores.size(1))
+    return (shares.log() / math.log(model.config.capacity)).tolist()

@@ -55,13 +55,13 @@ def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], flo
 
 @torch.no_grad()
 def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
-    """Moves the causal decision of every routed layer, its `offset`, so that it selects the share `capacity` of the tokens
-    of ids (B, T).
+    """Moves the causal decision of every routed layer, its `offset`, so that of the tokens of ids (B, T) it selects the share
+    that is its own of `capacity`.
 
     In one pass over all of them, since what a layer selects changes what the next one reads.
     """
-    for layer in model.routed:
-        layer.calibrating = capacity
+    for layer, share in zip(model.routed, model.config.capacities_at(capacity), strict=True):
+        layer.calibrating = share
         if model.config.causal_decision == "threshold":
             layer.threshold.nan_to_num_()  # where no training has set it there are no margins
     model(ids, ids, routing="causal")  # through the whole model, which alone gathers what is sharded

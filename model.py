@@ -80,6 +80,9 @@ class Shape:
     tie_word_embeddings: bool = True  # the head is the embedding
     eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
+    allotment: list[NonNegative] | None = (
+        None  # p of each routed layer, which takes γ^p of the tokens (unset: 1 for all)
+    )
     calibrated: dict | None = None  # {capacity: offset of each routed layer's causal decision}: see capacity_choices
     routed_layers: list[int] | Literal["auto"] | None = None  # blocks that skip tokens (unset: every second, from 1)
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
@@ -148,6 +151,8 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
             found.append(f"capacity has {len(self.capacity)} values for the routed layers {self.routed_layers}")
+        if self.allotment is not None and len(self.allotment) != len(self.routed_layers):
+            found.append(f"allotment has {len(self.allotment)} values for the routed layers {self.routed_layers}")
         if self.calibrated is not None:
             if str(self.capacity) not in self.calibrated:
                 known = ", ".join(self.calibrated)
@@ -186,7 +191,13 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
     @property
     def capacities(self) -> list[float]:
         """One per routed layer."""
-        return per_layer(self.capacity, len(self.routed_layers))
+        return self.capacities_at(self.capacity)
+
+    def capacities_at(self, capacity: float | list[float]) -> list[float]:
+        """One per routed layer, where `capacity` is one for all of them, to be allotted, or a list."""
+        if isinstance(capacity, list | tuple):
+            return list(capacity)
+        return [capacity**power for power in self.allotment or [1.0] * len(self.routed_layers)]
 
     @property
     def offsets(self) -> list[float]:
@@ -491,7 +502,7 @@ class Transformer(Generation, nn.Module):
         computes. capacity: other than the configured one, a float or one float per routed layer.
         """
         routed = self.config.routed_layers
-        capacities = per_layer(self.config.capacity if capacity is None else capacity, len(routed))
+        capacities = self.config.capacities_at(self.config.capacity if capacity is None else capacity)
         capacities = dict(zip(routed, capacities, strict=True))
         head = 2.0 * seq_len * self.config.hidden_size * self.config.vocab_size
         forward, backward = head, head * (1 + self.head_weight.requires_grad)
@@ -625,11 +636,6 @@ def read_config(directory: str) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a model configuration: {error}") from None
     return stored | {"eos_token_id": ends_of_text(directory) or None}
-
-
-def per_layer(capacity: float | list[float], n: int) -> list[float]:
-    """A capacity, one value or one per routed layer, as one per routed layer."""
-    return list(capacity) if isinstance(capacity, list | tuple) else [capacity] * n
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:

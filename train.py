@@ -37,7 +37,7 @@ import lora
 import parallel
 import publish
 from configurator import cli, configure
-from conversion import choose_layers, fit_guesses, fit_routers, removal_costs
+from conversion import allot, choose_layers, fit_guesses, fit_routers, removal_costs
 from data import TokenData
 from device import (
     autocast,
@@ -62,6 +62,7 @@ from tokenizer import vocabulary
 from weights import fill, find_model
 
 CALIBRATING = 16_384  # tokens that thresholds are calibrated on
+ALLOTTING = 16  # sequences by which a capacity is shared out among blocks with fitted routers
 FITTING = 32  # times the hidden size: training tokens that lines are fitted on
 
 
@@ -597,6 +598,8 @@ def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
     if guess and "skip" in counts:
         start_guesses(cfg, model, data, parent, device)
     if route and "router" in counts:
+        if shard is None:
+            model.to(device)
         start_routers(cfg, model, data, parent, device, dtype)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from, keep)
@@ -613,13 +616,20 @@ def start_guesses(cfg, model, data, parent, device):
 
 
 def start_routers(cfg, model, data, parent, device, dtype):
-    """router="fitted": fits the routers to the parent, on some sequences of the training text."""
+    """router="fitted": fits the routers to the parent, on some sequences of the training text, and allots the capacity."""
     ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
+    ids = ids.to(device)
     with autocast(device, dtype):
-        lines = from_main(
-            fit_routers(parent, model.config, ids.to(device))
-        )  # ranks may round otherwise, and must agree
-    fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in lines.items()})
+        lines = from_main(fit_routers(parent, model.config, ids))  # ranks may round otherwise, and must agree
+        fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in lines.items()})
+        capacity = model.config.capacity
+        if isinstance(capacity, float) and capacity < 1 and not model.config.allotment:
+            model.config.allotment = from_main(allot(model, ids[:ALLOTTING]))
+            model.set_capacity(capacity)
+    said = ", ".join(
+        f"{i} {share:.2f}" for i, share in zip(model.config.routed_layers, model.config.capacities, strict=True)
+    )
+    say(f"share of the tokens that each routed block takes: {said}")
 
 
 def spared_layers(cfg, model_set, data, parent, device) -> list[int]:

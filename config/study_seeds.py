@@ -43,12 +43,15 @@ arms["mod_eighth_threshold"] = _mod | {"selection": "threshold", "causal_decisio
 arms["mod_mlp"] = _screening["arms"]["mod_mlp"] | {"capacity_choices": [0.5]}
 # Lines take FLOPs, and held-out text has more tokens that pass: with so many fewer, inference takes what drop does.
 arms["mod_linear_equal"] = arms["mod_eighth_linear"] | {"capacity": 0.0725, "capacity_choices": [0.0725]}
-# The choice fitted to the parent; at removed blocks' FLOPs, at half of their saving, and with a teacher.
-_fitted = _mod | {"router": "fitted", "causal_decision": "threshold"}
-arms["mod_fitted"] = _fitted
-arms["mod_fitted_equal"] = _fitted | {"capacity": 0.0725, "capacity_choices": [0.0725]}
-arms["mod_fitted_half"] = _fitted | {"capacity": 0.47, "capacity_choices": [0.47]}
-arms["mod_fitted_linear"] = arms["mod_eighth_linear"] | {"router": "fitted", "causal_decision": "threshold"}
-arms["mod_fitted_distilled"] = _fitted | {"distill_from": "out/smollm2"}
+# The choice fitted to the parent, at removed blocks' FLOPs, beside a random one there; with a teacher; at half of the saving.
+arms["mod_fitted"] = arms["mod_half"] | {"router": "fitted", "causal_decision": "threshold"}
+arms["random_half"] = _screening["arms"]["random_half"]
+arms["mod_fitted_distilled"] = arms["mod_fitted"] | {"distill_from": "out/smollm2"}
+arms["mod_fitted_eight"] = arms["mod_eight_half"] | {
+    "router": "fitted",
+    "causal_decision": "threshold",
+    "capacity": 0.47,
+}
+arms["mod_fitted_eight"] |= {"capacity_choices": [0.47]}
 seeds = [1, 2, 3]
 reference = "dense"

@@ -72,7 +72,7 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     train.main(job("one", "scratch", *scratch))
     two += [job("fsdp2", "scratch", *scratch, fsdp)]
     asked = [f"--init_from={start / 'dense'}", "--architecture=mod", "--routed_layers=auto", "--skip=linear"]
-    asked += ["--capacity_choices=0.5"]  # calibrated at the end
+    asked += ["--router=fitted", "--capacity_choices=0.5"]  # calibrated at the end
     train.main(job("one", "asked", *asked))
     two += [job("fsdp2", "asked", *asked, fsdp)]
     control = ["--init_from=scratch", "--architecture=mod", "--router=random", "--hidden_size=32", "--max_steps=3"]
