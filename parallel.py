@@ -107,6 +107,14 @@ def shard(model, device, dtype, offload):
                 tensor.data = tensor.data.to(device)
 
 
+def reshard(model):
+    """After a forward pass that no backward pass follows: FSDP has left embedding and head whole, in tensors that it will throw
+    away, and an optimizer that is made now would train those.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
 def is_sharded(tensor):
     return hasattr(tensor, "to_local")
 

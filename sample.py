@@ -153,7 +153,7 @@ def facts(config, traced: Trace) -> str:
     count, routed = len(traced.loss), len(traced.masks)
     sentence = f"{config.architecture}, {config.num_hidden_layers} blocks, {routed} of them routed"
     if routed:
-        capacities = [f"{capacity:g}" for capacity in config.capacities]
+        capacities = [f"{capacity:.3g}" for capacity in config.capacities]
         trained = capacities[0] if len(set(capacities)) == 1 else " ".join(capacities)
         sentence += f" (trained at capacity {trained}, {sum(traced.entered) / (routed * count):.0%} taken here)"
     sentence += f"; {count:,} tokens"

@@ -626,6 +626,7 @@ def start_routers(cfg, model, data, parent, device, dtype):
         if isinstance(capacity, float) and capacity < 1 and not model.config.allotment:
             model.config.allotment = from_main(allot(model, ids[:ALLOTTING]))
             model.set_capacity(capacity)
+            parallel.reshard(model)
     said = ", ".join(
         f"{i} {share:.2f}" for i, share in zip(model.config.routed_layers, model.config.capacities, strict=True)
     )

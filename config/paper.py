@@ -14,4 +14,5 @@ router_input = "raw"
 skip = "identity"
 router = "learned"
 selection = "topk"
+causal_decision = "router"
 gate = None  # soft; stt's straight-through

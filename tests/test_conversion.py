@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from helpers import random_ids, relative_error, small_model
 from test_train import common, data, metrics, own_signal_handlers, start  # noqa: F401
 
+import routers
 import train
-from conversion import choose_layers, fit_guesses, fit_routers, removal_costs
+from conversion import allot, choose_layers, fit_guesses, fit_routers, removal_costs
 from errors import ConfigError, ModelError
 from model import ModelConfig, Transformer
 
@@ -120,18 +121,45 @@ def test_fitted_routers_foretell_what_skipping_changes(part):
         assert relative_error(lines[f"model.layers.{i}.router.bias"], expected[16]) <= 1e-3
 
 
+def test_a_capacity_is_allotted_by_one_border():
+    """The γ highest scores of all routed blocks together fall into each as often as γ^p of its tokens."""
+    model, ids = small_model("mod", router="fitted", capacity=0.3, num_hidden_layers=7), random_ids(4, 50)
+    for layer, bias in zip(model.routed, (-0.3, 0.1, 0.0), strict=True):
+        layer.router.bias.fill_(bias)
+    powers = allot(model, ids)
+    scores = torch.stack([model(ids, return_masks=True).tokens[i]["score"].flatten() for i in (1, 3, 5)])  # (3, 200)
+    border = scores.flatten().sort(descending=True).values[179]  # 0.3 · 600 tokens
+    shares = (scores >= border).double().mean(1).tolist()
+    assert [0.3**power for power in powers] == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(0.9)
+    assert shares[0] < shares[2] < shares[1]
+    model.config.allotment = powers
+    model.set_capacity(0.3)
+    masks = model(ids, return_masks=True).masks
+    assert [mask.sum(1).tolist() for mask in masks.values()] == [
+        [routers.capacity_k(each, 50)] * 4 for each in model.config.capacities
+    ]
+    assert model.config.capacities_at(1.0) == [1.0, 1.0, 1.0]
+    assert model.config.capacities_at([0.5, 0.2, 1.0]) == [0.5, 0.2, 1.0]
+    assert model.flops_per_token(50) == model.flops_per_token(50, capacity=model.config.capacities)
+    with pytest.raises(ModelError, match="allotment has 2 values for the routed layers"):
+        ModelConfig(**{**vars(model.config), "allotment": powers[:2]})
+
+
 def test_a_conversion_fits_its_routers_once_and_leaves_them(data, start, tmp_path):  # noqa: F811
     keys = [
         *common(data),
         "--architecture=mod",
         "--router=fitted",
         "--causal_decision=threshold",
+        "--capacity=0.25",
         f"--out_dir={tmp_path}",
     ]
     train.main([*keys, f"--init_from={start / 'dense'}", "--max_steps=1"])
     first = Transformer.from_pretrained(tmp_path / "final_model").state_dict()
     train.main([*keys, "--resume=auto", "--max_steps=4"])
     last = Transformer.from_pretrained(tmp_path / "final_model").state_dict()
+    config = json.loads((tmp_path / "final_model" / "config.json").read_text())
+    assert config["capacity"] == 0.25 and len(config["allotment"]) == len(config["routed_layers"])
     fixed = {name for name in last if name.endswith(("router.weight", "router.bias")) and "causal" not in name}
     assert {name for name in last if torch.equal(first[name], last[name])} == fixed and fixed
     with pytest.raises(ConfigError, match="fitted to a parent when train.py converts one: set init_from"):
