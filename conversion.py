@@ -179,7 +179,7 @@ def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
     def add(regression, x, update, out):
         def file(gradient):
             s = (gradient.float() * update.detach().float()).sum(-1, keepdim=True).abs()  # (B, T, 1)
-            regression.add(x.detach(), torch.log1p(out.size(0) * out.size(1) * s))  # the loss is a mean
+            regression.add(x.detach(), s.log1p())
 
         if torch.is_grad_enabled():
             out.register_hook(file)
@@ -188,7 +188,7 @@ def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
         with torch.no_grad():
             said = parent(ids).logits.float().softmax(-1)  # (B, T, V)
         drawn = torch.multinomial(said.flatten(0, 1), 1).view_as(ids)
-        parent(ids, drawn).loss.backward()
+        (parent(ids, drawn).loss * drawn.numel()).backward()  # the loss is a mean
 
     parent.requires_grad_(False)
     start = parent.model.embed_tokens.register_forward_hook(lambda _, given, out: out.requires_grad_())

@@ -598,8 +598,6 @@ def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
     if guess and "skip" in counts:
         start_guesses(cfg, model, data, parent, device)
     if route and "router" in counts:
-        if shard is None:
-            model.to(device)
         start_routers(cfg, model, data, parent, device, dtype)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from, keep)
@@ -622,6 +620,9 @@ def start_routers(cfg, model, data, parent, device, dtype):
     with autocast(device, dtype):
         lines = from_main(fit_routers(parent, model.config, ids))  # ranks may round otherwise, and must agree
         fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in lines.items()})
+        if not parallel.is_sharded(model.head_weight):  # one of them at a time
+            parent.cpu()
+            model.to(device)
         capacity = model.config.capacity
         if isinstance(capacity, float) and capacity < 1 and not model.config.allotment:
             model.config.allotment = from_main(allot(model, ids[:ALLOTTING]))
