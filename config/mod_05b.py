@@ -1,5 +1,6 @@
-"""Qwen2.5-0.5B turned into a Mixture-of-Depths: seven of its 24 blocks, those that it misses least, take the eighth of
-the tokens that a learned score picks; the others leave their keys and values there.
+"""Qwen2.5-0.5B turned into a Mixture-of-Depths: twelve of its 24 blocks, those that it misses least, take half of the
+tokens, those for which a line that is fitted to the parent foretells the most from skipping them; the others leave their keys
+and values there.
 
     python prepare.py config/mixture.py
     torchrun --standalone --nproc_per_node=8 train.py config/mod_05b.py
@@ -11,11 +12,12 @@ grad_accum_steps, the tokens of a step stay the same.
 
 init_from = "Qwen/Qwen2.5-0.5B"
 architecture = "mod"
-capacity = 0.125
-capacity_choices = [0.125]  # calibrated to it at the end: the causal router says yes to half as many
+capacity = 0.5
+capacity_choices = [0.5]  # calibrated to it at the end
 routed_layers = "auto"
-routed_share = 0.29
-gate = "straight_through"
+routed_share = 0.5
+router = "fitted"
+causal_decision = "threshold"  # what decides in training, and needs no causal router to foresee it
 router_input = "normed"
 kv = "all"
 data_dir = "data/mixture"
