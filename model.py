@@ -80,9 +80,7 @@ class Shape:
     tie_word_embeddings: bool = True  # the head is the embedding
     eos_token_id: int | list[int] | None = None  # ids that end a text: generation stops at them
     capacity: Capacity | list[Capacity] = 0.5  # share of the tokens that a routed block takes; a list: one per layer
-    allotment: list[NonNegative] | None = (
-        None  # p of each routed layer, which takes γ^p of the tokens (unset: 1 for all)
-    )
+    allotment: list[NonNegative] | None = None  # p of each routed layer, which takes γ^p of the tokens (unset: 1)
     calibrated: dict | None = None  # {capacity: offset of each routed layer's causal decision}: see capacity_choices
     routed_layers: list[int] | Literal["auto"] | None = None  # blocks that skip tokens (unset: every second, from 1)
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed

@@ -1008,7 +1008,7 @@ def test_configs_of_half_a_billion():
     d, prior = 896, 3 * 896 * 56 + 896  # SwiGLU of width 56 = 896 / 16, and its norm
     routed = {
         "dense": 0,
-        "mod": 7 * (d + 2 * d + 1),
+        "mod": 12 * (d + 1 + 2 * d + 1),
         "dtf": 7 * (4 + 2 * d + 1 + prior),
         "stt": 12 * (4 + 2 * d + 1 + prior),
     }
