@@ -87,9 +87,7 @@ class Shape:
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
     skip: Literal["identity", "predict", "linear"] = "identity"  # predict, linear: a skipped token gets a guess
     skip_weight: float = 0.05  # predict: weight of the guess's squared error
-    router: Literal["learned", "fitted", "random", "positional"] = (
-        "learned"  # fitted: to a parent; the others: controls
-    )
+    router: Literal["learned", "fitted", "random", "positional"] = "learned"  # fitted to a parent; the rest: controls
     router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states
     selection: Literal["topk", "threshold"] = "topk"  # in training; threshold: above the average k-th score
     gate: Literal["soft", "straight_through"] | None = None  # unset: soft, for stt straight_through (no G at inference)
