@@ -259,7 +259,12 @@ def test_the_papers_settings_are_the_defaults():
     given = {name: value for name, value in runpy.run_path("config/paper.py").items() if not name.startswith("_")}
     assert given.pop("capacity_choices") == []  # a key of train.py
     assert given == {name: ModelConfig.__dataclass_fields__[name].default for name in given}
-    assert {name for means in MEANS for name in means} | {"selection", "capacity", "router"} == given.keys()
+    assert {name for means in MEANS for name in means} | {
+        "selection",
+        "causal_decision",
+        "capacity",
+        "router",
+    } == given.keys()
     config = ModelConfig(architecture="mod", num_hidden_layers=6)
     assert config.routed_layers == [1, 3, 5] and config.compact_cache
     assert ModelConfig.from_dict(ModelConfig(num_hidden_layers=6).to_dict(), architecture="dtf").routed_layers == [
