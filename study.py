@@ -531,7 +531,8 @@ def main(argv: list[str]):
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     if missing := [run.name for run in runs if run not in finished]:
-        say(f"{len(finished)} of {len(runs)} runs are finished; missing: {', '.join(missing)}")
+        more = f" and {len(missing) - 9} more" if len(missing) > 9 else ""
+        say(f"{len(finished)} of {len(runs)} runs are finished; missing: {', '.join(missing[:9])}{more}")
     if failed or not finished:
         sys.exit(1)
 
