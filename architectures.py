@@ -253,9 +253,9 @@ class STTBlock(SurprisedBlock):
 
 
 class FittedBlock(RoutedBlock):
-    """Runs on the tokens that it changes most, as far as a line tells from x / rms(x).
+    """Runs on the tokens from whose skipping a line in x / rms(x) foretells the most.
 
-    The line foretells log(‖Δ(x)‖² / ‖x‖²) as the parent had it, from the least squares of conversion.py, and stays as it is.
+    It is fitted to how much that would change what the parent says (conversion.fit_routers), and stays as it is.
     """
 
     parts = RoutedBlock.parts | {"router": "router"}
