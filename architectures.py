@@ -276,8 +276,6 @@ class FittedBlock(RoutedBlock):
 class ControlBlock(RoutedBlock):
     """Runs on the same positions of every text, whatever it says: at random, by a fixed hash, or evenly. No parameters."""
 
-    by_position = True
-
     def choose(self, x, ctx, below, notes):
         router, (B, T, _) = self.config.router, x.shape
         group = torch.arange(routers.GROUP, device=x.device)

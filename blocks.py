@@ -424,7 +424,6 @@ class RoutedBlock(Block):
     parts = {"causal_router": "causal_router", "threshold": "router", "skip": "prior"}
     initial = {"threshold": math.nan}
     default_gate = "soft"
-    by_position = False  # whether it decides by position alone, without a score and a causal router
 
     def __init__(self, cfg, index: int):
         super().__init__(cfg, index)
@@ -432,7 +431,7 @@ class RoutedBlock(Block):
         self.capacity = cfg.capacities[cfg.routed_layers.index(index)]
         self.offset = cfg.offsets[cfg.routed_layers.index(index)]  # what the causal decision's border is moved by
         self.calibrating: float | None = None  # the share of the tokens to which the next causal pass moves it
-        if not self.by_position:
+        if not cfg.by_position:
             self.causal_router = nn.Linear(2 * cfg.hidden_size, 1)
         self.causal_cut = math.log(cfg.causal_threshold / (1 - cfg.causal_threshold))  # the threshold as a logit
         if cfg.causal_decision == "threshold":
@@ -712,7 +711,7 @@ class RoutedBlock(Block):
         k = routers.capacity_k(capacity, T) if capacity > 0 else 0
         attending = k if self.config.routed_part == "block" else T
         costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
-        if not self.by_position:
+        if not self.config.by_position:
             costs.append(linear_flops(self.causal_router, T, input_grad=False))
         if self.config.skip != "identity":
             costs.append(linear_flops(self.skip, T))

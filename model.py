@@ -138,7 +138,7 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if self.causal_decision == "threshold" and self.router == "learned" and not self.kind.scores_causally:
             what = f"not available for {self.architecture}: its score looks at the update"
             found.append(f"causal_decision='threshold' is {what}")
-        if self.causal_decision == "threshold" and self.router in ("random", "positional"):
+        if self.causal_decision == "threshold" and self.by_position:
             found.append(f"causal_decision='threshold' needs a score, and router={self.router!r} has none")
         if self.selection == "threshold" and self.causal_decision != "threshold":
             found.append("selection='threshold' needs causal_decision='threshold': it is the same decision")
@@ -178,6 +178,11 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
     def compact_cache(self) -> bool:
         """Whether a routed layer's keys and values are those of its selected tokens only."""
         return self.routed_part == "block" and self.kv == "selected"
+
+    @property
+    def by_position(self) -> bool:
+        """Whether tokens are chosen by position alone: the controls, which have no score and no causal router."""
+        return self.router in ("random", "positional")
 
     @property
     def kind(self) -> type[Block]:

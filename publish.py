@@ -113,7 +113,7 @@ def card(config, state):
         "max_position_embeddings": f"{cfg.max_position_embeddings:,}",
         "routed_blocks": len(cfg.routed_layers),
         "skipped": f"store {'no' if cfg.compact_cache else 'their'} keys and values",
-        "decision": f"{cfg.router} positions" if cfg.router in ("random", "positional") else cfg.causal_decision,
+        "decision": f"{cfg.router} positions" if cfg.by_position else cfg.causal_decision,
         "flops_per_token": f"{model.flops_per_token(run['seq_len']):.3g}",
         "seq_len": run["seq_len"],
         "validation_step": losses["step"],
