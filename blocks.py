@@ -534,11 +534,10 @@ class RoutedBlock(Block):
 
     def choose_causal(self, x, score, ctx: Context, notes: Notes) -> Decision:
         """What each token decides from the tokens before it: by the causal router, or by its score alone."""
-        logits = self.causal_logits(x, ctx, notes)
         if self.config.causal_decision == "threshold":
             rule, value, cut = "average threshold", score, self.threshold
         else:
-            rule, value, cut = "causal router", logits, self.causal_cut
+            rule, value, cut = "causal router", self.causal_logits(x, ctx, notes), self.causal_cut
         if self.calibrating is not None:
             self.move_border(value - cut - self.offset)
         cut = cut + self.offset
@@ -711,7 +710,7 @@ class RoutedBlock(Block):
         k = routers.capacity_k(capacity, T) if capacity > 0 else 0
         attending = k if self.config.routed_part == "block" else T
         costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
-        if not self.config.by_position:
+        if not self.config.by_position and (training or self.config.causal_decision == "router"):
             costs.append(linear_flops(self.causal_router, T, input_grad=False))
         if self.config.skip != "identity":
             costs.append(linear_flops(self.skip, T))

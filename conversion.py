@@ -1,6 +1,7 @@
 """What a conversion asks of its parent: which blocks can be spared, for which tokens, and what a line makes of them."""
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -11,11 +12,15 @@ import routers
 from blocks import Notes
 from errors import ConfigError
 from model import ModelConfig, Transformer
-from parallel import rank
+from parallel import rank, say
 
 
 def bar(items, what: str):
-    return tqdm(items, what, leave=False, disable=None if rank() == 0 else True)
+    """A progress bar, or where nobody watches one a line that says what is taking its time."""
+    watched = sys.stderr.isatty()
+    if not watched:
+        say(f"{what} …")
+    return tqdm(items, what, leave=False, disable=rank() > 0 or not watched)
 
 
 class Passed(nn.Module):

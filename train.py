@@ -587,7 +587,7 @@ def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
         if shard is None:
             parent.to(device)
     if choose:
-        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent, device)}
+        model_set = model_set | {"routed_layers": spared_layers(cfg, model_set, data, parent, device, dtype)}
     model = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep, calibrated=None, **model_set)
     places = dict.fromkeys(tuple(name.split(".")[2:4]) for name in model.initialized)  # (layer, part)
     counts = Counter(part for _, part in places)
@@ -634,7 +634,7 @@ def start_routers(cfg, model, data, parent, device, dtype):
     say(f"share of the tokens that each routed block takes: {said}")
 
 
-def spared_layers(cfg, model_set, data, parent, device) -> list[int]:
+def spared_layers(cfg, model_set, data, parent, device, dtype) -> list[int]:
     """routed_layers="auto": the blocks that the dense parent misses least, on some sequences of the training text."""
     if parent.routed:
         raise ConfigError(
@@ -643,7 +643,8 @@ def spared_layers(cfg, model_set, data, parent, device) -> list[int]:
     wanted = ModelConfig(**{key: model_set[key] for key in ("architecture", "router") if key in model_set})
     if not wanted.routed_layers:
         raise ConfigError("routed_layers='auto' chooses for a routed architecture: set architecture")
-    costs = removal_costs(parent, *(part.to(device) for part in data.batch(0, 8)))
+    with autocast(device, dtype):
+        costs = removal_costs(parent, *(part.to(device) for part in data.batch(0, 8)))
     costs = from_main(costs)  # ranks may round otherwise, and must agree
     chosen = choose_layers(costs, cfg.routed_share, wanted)
     said = ", ".join(f"{i} {costs[i]:+.3f}{' routed' if i in chosen else ''}" for i in range(len(costs)))

@@ -18,7 +18,7 @@ checkpoints = False
 
 common = _shorter["common"] | {"max_steps": 500}
 judge_tokens = _shorter["judge_tokens"]
-_names = ("dense", "drop", "mod_eighth", "drop_distilled", "mod_eighth_distilled")
+_names = ("dense", "drop", "mod_eighth", "mod_fitted", "drop_distilled", "mod_eighth_distilled", "mod_fitted_distilled")
 arms = {name: _shorter["arms"][name] for name in _names}
 seeds = [1]
 reference = "dense"
