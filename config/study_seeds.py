@@ -49,6 +49,15 @@ arms["mod_fitted"] = arms["mod_half"] | {"router": "fitted", "causal_decision": 
 arms["mod_fitted_equal"] = arms["mod_fitted"] | {"capacity": 0.47, "capacity_choices": [0.47]}
 arms["random_half"] = _screening["arms"]["random_half"]
 arms["mod_fitted_distilled"] = arms["mod_fitted"] | {"distill_from": "out/smollm2"}
+arms["positional_half"] = arms["random_half"] | {"router": "positional"}
+# What the other means are worth to the fitted choice: at its FLOPs each, skipped tokens without keys or with lines.
+arms["mod_fitted_own_keys"] = arms["mod_fitted"] | {"kv": "selected", "capacity": 0.55, "capacity_choices": [0.55]}
+_line = {"skip": "linear", "lr_prior": 3e-4}
+arms["mod_fitted_linear"] = arms["mod_fitted"] | _line | {"capacity": 0.41, "capacity_choices": [0.41]}
+arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 0.75]}
+# The surprise's own choice, of an eighth.
+for _name in ("dtf_eighth", "stt_eighth"):
+    arms[_name] = _screening["arms"][_name] | {"capacity_choices": [0.125]}
 arms["mod_fitted_eight"] = arms["mod_eight_half"] | {
     "router": "fitted",
     "causal_decision": "threshold",
