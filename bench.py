@@ -5,6 +5,7 @@
     python bench.py --tasks=flops --size=7B                           what is counted, per component
     python bench.py --tasks=perplexity --model_path=out/demo/dtf-1 --text=README.md
     python bench.py --tasks=capacity --model_path=out/demo/dtf-1      loss against compute, table and picture
+    python bench.py --tasks=perplexity --model_path=out/many --capacity=0.25      one of those that it is calibrated for
     python bench.py --tasks=copying --model_path=out/demo/dtf-1       loss of random tokens, and read once more
     python bench.py --tasks=general,math --model_path=out/dtf_05b --batch_size=8
     torchrun --standalone --nproc_per_node=8 bench.py --tasks=general --model_path=out/dtf_05b
@@ -101,11 +102,11 @@ class BenchConfig:
         """Tokens of the speed suite's longest sequence: decoding begins with a round in which it compiles."""
         return self.seq_len + self.decoded_tokens + self.compile * self.decode_steps
 
-    @property
-    def lm_eval_path(self) -> str:
+    def lm_eval_path(self, capacity: float | None) -> str:
         """Where lm-eval's results go: by default the model's own folder, or one in out/ for a model of the hub."""
         folder = self.model_path if os.path.isdir(self.model_path) else os.path.join("out", self.model_path)
-        part = f"-limit{self.limit}" if self.limit else ""
+        part = f"-capacity{capacity}" if capacity else ""
+        part += f"-limit{self.limit}" if self.limit else ""
         return self.output_path or os.path.join(folder, f"eval-{self.routing}{part}.json")
 
 
@@ -113,8 +114,8 @@ def check(argv):
     """What a command line asks for: (BenchConfig, keys of the model, lm-eval's TaskManager and tasks). Raises ConfigError."""
     bench_set, model_set = configure(__doc__, argv, BenchConfig, ModelConfig)
     cfg = BenchConfig(**bench_set)
-    if cfg.model_path and (model_set or "size" in bench_set):
-        given = ", ".join([*model_set, *(["size"] if "size" in bench_set else [])])
+    given = [*model_set, *(["size"] if "size" in bench_set else [])]
+    if cfg.model_path and (given := ", ".join(key for key in given if key != "capacity")):
         raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {given}")
     single = [task for task in cfg.tasks if task in OWN_TASKS and task not in ("perplexity", "copying")]
     if single and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -174,7 +175,7 @@ def main(argv):
     model = tokenizer = None
     if cfg.model_path:
         trained_in = torch.float32 if "speed" in cfg.tasks else dtype  # steps of training are measured too
-        model, tokenizer = open_model(cfg.model_path, device, trained_in)
+        model, tokenizer = open_model(cfg.model_path, device, trained_in, model_set.get("capacity"))
     document, slower = costs(cfg, model, model_set, device, dtype)
     if model:
         model.to_dtype(dtype)
@@ -186,7 +187,7 @@ def main(argv):
         document["copying"] = copying(cfg, model, tokenizer)
     path, missing = cfg.output_path, []
     if tasks:
-        path = cfg.lm_eval_path
+        path = cfg.lm_eval_path(model_set.get("capacity"))
         document, missing = evaluate(cfg, model, tokenizer, manager, tasks, path, document)
     print("\n" + json.dumps(document, default=str))
     if path and rank() == 0:

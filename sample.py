@@ -29,6 +29,7 @@ from device import Dtype, pick_device
 from errors import ConfigError
 from figures import routing_map, save_figure
 from files import write_whole
+from model import Capacity
 from trained import (
     PICTURES,
     Trace,
@@ -60,6 +61,7 @@ class SampleConfig:
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # draw from the likeliest that reach it together; 1: all
     num_samples: Count = 1  # continuations, generated as one batch
     seed: int = 42  # of the draws; the same seed gives the same text
+    capacity: Capacity | None = None  # which, of a model of many capacities (unset: the one that it was saved with)
     show_routing: bool = False  # colour each token by the routed blocks it entered, and save a token × layer map
     png: str = "out/routing.png"  # where that map goes
     text: str = ""  # a UTF-8 text file to look at instead of generating; with --show_routing or --html
@@ -154,8 +156,8 @@ def facts(config, traced: Trace) -> str:
     sentence = f"{config.architecture}, {config.num_hidden_layers} blocks, {routed} of them routed"
     if routed:
         capacities = [f"{capacity:.3g}" for capacity in config.capacities]
-        trained = capacities[0] if len(set(capacities)) == 1 else " ".join(capacities)
-        sentence += f" (trained at capacity {trained}, {sum(traced.entered) / (routed * count):.0%} taken here)"
+        asked = capacities[0] if len(set(capacities)) == 1 else " ".join(capacities)
+        sentence += f" (capacity {asked}, {sum(traced.entered) / (routed * count):.0%} taken here)"
     sentence += f"; {count:,} tokens"
     loss = traced.loss[~traced.loss.isnan()]
     if len(loss):
@@ -190,7 +192,7 @@ def main(argv: list[str]):
     cfg = SampleConfig(**settings)
     text = read_text(cfg.text) if cfg.text else None
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model, tokenizer = open_model(cfg.model_path, device, dtype)
+    model, tokenizer = open_model(cfg.model_path, device, dtype, cfg.capacity)
     if cfg.compile:
         model.compile_decoding()
     blocks, terminal = len(model.config.routed_layers), sys.stdout.isatty()

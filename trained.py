@@ -28,15 +28,20 @@ def model_directory(path: str) -> str:
     return find_model(path)
 
 
-def open_model(path: str, device="cpu", dtype: torch.dtype = torch.float32):
+def open_model(path: str, device="cpu", dtype: torch.dtype = torch.float32, capacity: float | None = None):
     """The (Transformer, tokenizers.Tokenizer) saved at `path`, see `model_directory`, the model on `device` in `dtype`.
 
-    The tokenizer also has a `start`, the id before a text, and `ends`, the ids behind one.
+    The tokenizer also has a `start`, the id before a text, and `ends`, the ids behind one. capacity: of those that the model
+    is calibrated for, instead of the one that it was saved with. Raises ModelError.
     """
     from tokenizers import Tokenizer
 
     directory = model_directory(path)
-    model = Transformer.from_pretrained(directory, dtype)
+    model = Transformer.from_pretrained(directory, dtype, **({} if capacity is None else {"capacity": capacity}))
+    if capacity is not None and not model.config.calibrated:  # nothing would tell its border where to lie
+        raise ModelError(
+            f"capacity={capacity}: {path} is calibrated for none, train it with capacity_choices=[{capacity}, …]"
+        )
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     if not os.path.exists(tokenizer_path):
         raise ModelError(f"{tokenizer_path} is missing: copy it from the data folder that the model was trained on")

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import kernels
 import lora
+import sample
 import trained
 from errors import ConfigError, DataError, ModelError
 from files import write_whole
@@ -488,6 +489,33 @@ def test_speed_of_models_that_were_calibrated_adapted_or_of_another_family(tmp_p
         document, _, _ = run(capsys, f"--model_path={tmp_path / name}", *options)
         variants = [row["variant"] for row in document["speed"]["rows"]]
         assert variants == ["transformers", "dense"] + ["mod"] * (name == "calibrated")
+
+
+def test_a_model_of_many_capacities_at_each(folders, tokenizer, tmp_path, capsys):
+    """bench.py and sample.py run the model at the capacity that is asked for, of those that it is calibrated for."""
+    many = tmp_path / "many"
+    offsets = {"0.25": [2.0, 2.0], "0.75": [-2.0, -2.0]}
+    model = small_model("mod", vocab_size=VOCAB, num_hidden_layers=4, capacity=0.25, calibrated=offsets)
+    model.save_pretrained(str(many))
+    tokenizer.save(str(many / "tokenizer.json"))
+    write_whole(many / "tokenizer_config.json", NAMES)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 4)
+    losses = {}
+    for asked in (None, 0.25, 0.75):
+        capacity = [f"--capacity={asked}"] if asked else []
+        common = ["--tasks=perplexity", f"--text={tmp_path / 'text.txt'}", "--seq_len=32", "--dtype=float32"]
+        document, _, _ = run(capsys, f"--model_path={many}", *common, *capacity)
+        losses[asked] = document["perplexity"][0]["loss"]
+    assert losses[None] == losses[0.25] != losses[0.75]
+    opened, _ = trained.open_model(str(many), capacity=0.75)
+    assert opened.config.capacity == 0.75 and [layer.offset for layer in opened.routed] == [-2.0, -2.0]
+    page = tmp_path / "page.html"
+    sample.main([f"--model_path={many}", "--capacity=0.75", f"--text={tmp_path / 'text.txt'}", f"--html={page}"])
+    assert "(capacity 0.75" in page.read_text()
+    with pytest.raises(ModelError, match="capacity=0.5 is not calibrated, 0.25, 0.75 are: name one"):
+        sample.main([f"--model_path={many}", "--capacity=0.5"])
+    with pytest.raises(ModelError, match="is calibrated for none, train it with capacity_choices"):
+        bench.main([f"--model_path={folders['dtf']}", "--tasks=perplexity", "--capacity=0.25"])
 
 
 def test_attention_is_counted_as_such_where_it_is_written_out(monkeypatch):
