@@ -54,6 +54,7 @@ arms["positional_half"] = arms["random_half"] | {"router": "positional"}
 arms["mod_fitted_own_keys"] = arms["mod_fitted"] | {"kv": "selected", "capacity": 0.55, "capacity_choices": [0.55]}
 _line = {"skip": "linear", "lr_prior": 3e-4}
 arms["mod_fitted_linear"] = arms["mod_fitted"] | _line | {"capacity": 0.41, "capacity_choices": [0.41]}
+arms["mod_fitted_most"] = arms["mod_fitted"] | {"capacity": 0.7, "capacity_choices": [0.7]}  # what drop_four takes
 arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 0.75]}
 # The surprise's own choice, of an eighth.
 for _name in ("dtf_eighth", "stt_eighth"):
