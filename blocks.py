@@ -241,26 +241,6 @@ class Predictor(MLP):
         return self.down_proj(F.silu(gate) * up)
 
 
-class LinearGuess(kernels.Linear):
-    """The cheapest guess of what a block does, W · x / rms(x) + b: zero at first, or fitted to a parent (conversion.py)."""
-
-    initial = {"weight": 0.0}
-
-    def __init__(self, cfg):
-        super().__init__(cfg.hidden_size, cfg.hidden_size)
-        self.eps = cfg.rms_norm_eps
-
-    def activations(self, p) -> float:
-        """Bytes that autograd keeps of one token."""
-        return p.product * self.in_features
-
-    def forward(self, x):
-        return super().forward((x * routers.inverse_rms(x, self.eps)).to(x.dtype))
-
-
-GUESSES = {"predict": Predictor, "linear": LinearGuess}  # what stands in for a block on skipped tokens
-
-
 @dataclass(frozen=True)
 class Kept:
     """What decides how much a training step keeps: the numbers' formats, the length of the sequences, the device's type."""
@@ -437,7 +417,7 @@ class RoutedBlock(Block):
         if cfg.causal_decision == "threshold":
             self.register_buffer("threshold", torch.full((), torch.nan))  # average k-th highest score of training
         if cfg.skip != "identity":
-            self.skip = GUESSES[cfg.skip](cfg)
+            self.skip = Predictor(cfg)
 
     def score(self, x, ctx: Context, below: Notes, notes: Notes) -> Score:
         """The architecture's idea: x (B, T, d), the notes of the layer below, and this layer's, to add to."""

@@ -1,4 +1,4 @@
-"""What a conversion asks of its parent: which blocks can be spared, for which tokens, and what a line makes of them."""
+"""What a conversion asks of its parent: which blocks can be spared, and for which tokens."""
 
 import math
 import sys
@@ -69,8 +69,7 @@ def choose_layers(costs: list[float], share: float, config: ModelConfig) -> list
     return sorted(chosen)
 
 
-RIDGE = 1e-3  # of the mean square of what the lines read, which is 1
-DRAWN_RIDGE = 0.1  # where one draw a token hides what is looked for
+RIDGE = 0.1  # of the mean square of what the lines read, which is 1: one draw a token hides what is looked for
 DRAWN = 1024  # tokens at a time for which the parent's probabilities are whole
 
 
@@ -99,77 +98,27 @@ def read_and_update(layer, part: str, file) -> list:
 
 
 class Regression:
-    """Sums for the least squares of a line from x / rms(x) to n numbers a token, and what they come to."""
+    """Sums for the least squares of a line from x / rms(x) to a number of each token, and what they come to."""
 
-    def __init__(self, config: ModelConfig, n: int):
+    def __init__(self, config: ModelConfig):
         d, self.eps = config.hidden_size, config.rms_norm_eps
-        self.gram, self.moments = (torch.zeros(d + 1, m, dtype=torch.float64) for m in (d + 1, n))
-        self.square, self.rows = 0.0, 0
+        self.gram, self.moments = (torch.zeros(d + 1, n, dtype=torch.float64) for n in (d + 1, 1))
+        self.rows = 0
 
     def add(self, x: torch.Tensor, target: torch.Tensor):
-        """x: (B, T, d), target: (B, T, n)."""
+        """x: (B, T, d), target: (B, T)."""
         wide = torch.float64 if x.device.type == "cuda" else torch.float32  # of products: TF32 would round them
-        target = target.flatten(0, 1).to(wide)  # (B·T, n)
         normed = (x * routers.inverse_rms(x, self.eps)).flatten(0, 1).to(wide)
         normed = torch.cat((normed, torch.ones_like(normed[:, :1])), 1)  # (B·T, d + 1)
         self.gram += (normed.T @ normed).cpu()
-        self.moments += (normed.T @ target).cpu()
-        self.square, self.rows = self.square + target.square().sum().item(), self.rows + len(target)
+        self.moments += (normed.T @ target.reshape(-1, 1).to(wide)).cpu()
+        self.rows += len(normed)
 
-    def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
-        """The line (d + 1, n), its bias last, and the share of the targets' square that it explains."""
-        held = ridge * self.rows * torch.ones(len(self.gram), dtype=torch.float64)
+    def solve(self) -> torch.Tensor:
+        """The line (d + 1), its bias last; a ridge keeps directions that are hardly there from it."""
+        held = RIDGE * self.rows * torch.ones(len(self.gram), dtype=torch.float64)
         held[-1] = 0  # the bias is free
-        line = torch.linalg.solve(self.gram + held.diag(), self.moments)
-        error = self.square - 2 * (line * self.moments).sum() + (line * (self.gram @ line)).sum()
-        return line, 1 - (error / self.square).item()
-
-
-def fitted(
-    parent, config: ModelConfig, n: int, ridge: float, file, run, batches
-) -> dict[int, tuple[torch.Tensor, float]]:
-    """For each routed block what `Regression.solve` finds of n numbers a token: file(regression, x, Δ, what the block puts
-    out) adds to it in each run(batch) of the dense parent.
-    """
-    sums = {i: Regression(config, n) for i in config.routed_layers}
-    layers = ((parent.model.layers[i], partial(file, sums[i])) for i in sums)
-    hooks = [hook for layer, add in layers for hook in read_and_update(layer, config.routed_part, add)]
-    try:
-        for batch in batches:
-            run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {i: own.solve(ridge) for i, own in sums.items()}
-
-
-def line_tensors(lines: dict[int, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    """{name in the state dict: tensor} of the lines (d + 1, n) of a linear part of each routed block."""
-    places = {i: f"model.layers.{i}.{part}" for i in lines}
-    weights = {f"{places[i]}.weight": line[:-1].T.float().contiguous() for i, line in lines.items()}
-    return weights | {f"{places[i]}.bias": line[-1].float() for i, line in lines.items()}
-
-
-@torch.no_grad()
-def fit_guesses(parent: Transformer, config: ModelConfig, input_ids: torch.Tensor, batch_size: int = 8):
-    """What skip="linear" starts from: for each routed block W and b of the least squares of W · x / rms(x) + b − Δ(x), over
-    all tokens of input_ids (B, T) as the dense parent sees them; a ridge keeps directions that are hardly there from it.
-
-    The ids lie on the device that the parent runs on, which may be sharded. Returns {name in the state dict: tensor}, and
-    {layer: the share of Δ's square that the line explains}.
-    """
-
-    def add(regression, x, update, out):
-        regression.add(x, update)
-
-    def run(ids):
-        parent(ids, ids)  # with targets logits are never whole
-
-    batches = bar(input_ids.split(batch_size), "fitting linear guesses")
-    found = fitted(parent, config, config.hidden_size, RIDGE, add, run, batches)
-    return line_tensors({i: line for i, (line, _) in found.items()}, "skip"), {
-        i: share for i, (_, share) in found.items()
-    }
+        return torch.linalg.solve(self.gram + held.diag(), self.moments)[:, 0]
 
 
 def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -183,26 +132,31 @@ def fit_routers(parent: Transformer, config: ModelConfig, input_ids: torch.Tenso
 
     def add(regression, x, update, out):
         def file(gradient):
-            s = (gradient.float() * update.detach().float()).sum(-1, keepdim=True).abs()  # (B, T, 1)
+            s = (gradient.float() * update.detach().float()).sum(-1).abs()  # (B, T)
             regression.add(x.detach(), s.log1p())
 
         if torch.is_grad_enabled():
             out.register_hook(file)
 
-    def run(ids):
-        with torch.no_grad():
-            said = parent(ids).logits.float().softmax(-1)  # (B, T, V)
-        drawn = torch.multinomial(said.flatten(0, 1), 1).view_as(ids)
-        (parent(ids, drawn).loss * drawn.numel()).backward()  # the loss is a mean
-
     parent.requires_grad_(False)
-    start = parent.model.embed_tokens.register_forward_hook(lambda _, given, out: out.requires_grad_())
-    rows = max(1, DRAWN // input_ids.size(1))
+    sums = {i: Regression(config) for i in config.routed_layers}
+    layers = ((parent.model.layers[i], partial(add, sums[i])) for i in sums)
+    hooks = [hook for layer, file in layers for hook in read_and_update(layer, config.routed_part, file)]
+    hooks.append(parent.model.embed_tokens.register_forward_hook(lambda _, given, out: out.requires_grad_()))
     try:
-        found = fitted(parent, config, 1, DRAWN_RIDGE, add, run, bar(input_ids.split(rows), "fitting routers"))
+        for ids in bar(input_ids.split(max(1, DRAWN // input_ids.size(1))), "fitting routers"):
+            with torch.no_grad():
+                said = parent(ids).logits.float().softmax(-1)  # (B, T, V)
+            drawn = torch.multinomial(said.flatten(0, 1), 1).view_as(ids)
+            (parent(ids, drawn).loss * drawn.numel()).backward()  # the loss is a mean
     finally:
-        start.remove()
-    return line_tensors({i: line for i, (line, _) in found.items()}, "router")
+        for hook in hooks:
+            hook.remove()
+    tensors = {}
+    for i, regression in sums.items():
+        line = regression.solve().float()
+        tensors |= {f"model.layers.{i}.router.weight": line[None, :-1], f"model.layers.{i}.router.bias": line[-1:]}
+    return tensors
 
 
 @torch.no_grad()

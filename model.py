@@ -85,7 +85,7 @@ class Shape:
     routed_layers: list[int] | Literal["auto"] | None = None  # blocks that skip tokens (unset: every second, from 1)
     routed_part: Literal["block", "mlp"] = "block"  # mlp: attention runs for every token, only the MLP is routed
     kv: Literal["selected", "all"] = "selected"  # all: skipped tokens give keys and values too, so that others see them
-    skip: Literal["identity", "predict", "linear"] = "identity"  # predict, linear: a skipped token gets a guess
+    skip: Literal["identity", "predict"] = "identity"  # predict: a skipped token gets a small network's guess
     skip_weight: float = 0.05  # predict: weight of the guess's squared error
     router: Literal["learned", "fitted", "random", "positional"] = "learned"  # fitted to a parent; the rest: controls
     router_input: Literal["raw", "normed"] = "raw"  # normed: routers read RMS-normalised hidden states

@@ -37,7 +37,7 @@ import lora
 import parallel
 import publish
 from configurator import cli, configure
-from conversion import allot, choose_layers, fit_guesses, fit_routers, removal_costs
+from conversion import allot, choose_layers, fit_routers, removal_costs
 from data import TokenData
 from device import (
     autocast,
@@ -579,9 +579,8 @@ def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
         cure = f"prepare the text with python prepare.py --tokenizer={cfg.init_from}"
         raise ConfigError(f"{cfg.data_dir} has another tokenizer than {cfg.init_from}: {cure}")
     keep, parent = cfg.keep_layers or None, None
-    choose, guess = model_set.get("routed_layers") == "auto", model_set.get("skip") == "linear"
-    route = model_set.get("router") == "fitted"
-    if choose or guess or route:
+    choose, route = model_set.get("routed_layers") == "auto", model_set.get("router") == "fitted"
+    if choose or route:
         parent = Transformer.from_pretrained(cfg.init_from, shard=shard, keep_layers=keep)
         check_fit(cfg, parent.config, data, world(), routes=False)  # before anything is measured
         if shard is None:
@@ -595,22 +594,11 @@ def convert(cfg, model_set, data, shard, device, dtype) -> Transformer:
     say(f"{cfg.init_from}: {len(model.loaded)} tensors loaded; new: {new}")
     if model.lora_rank:
         raise ConfigError(f"init_from={cfg.init_from!r} is a LoRA adapter: merge it first (checkpoint.py merge)")
-    if guess and "skip" in counts:
-        start_guesses(cfg, model, data, parent, device)
     if route and "router" in counts:
         start_routers(cfg, model, data, parent, device, dtype)
     if cfg.lora:
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.init_from, keep)
     return model
-
-
-def start_guesses(cfg, model, data, parent, device):
-    """skip="linear": fits the guesses to the parent, on some sequences of the training text."""
-    ids, _ = data.batch(0, -(-FITTING * model.config.hidden_size // cfg.seq_len))
-    guesses, explained = fit_guesses(parent, model.config, ids.to(device))
-    fill(model.state_dict(), {name: tensor.__getitem__ for name, tensor in guesses.items()})
-    said = ", ".join(f"{i} {share:.2f}" for i, share in explained.items())
-    say(f"share of each block's update that its linear guess explains, on the text it was fitted to: {said}")
 
 
 def start_routers(cfg, model, data, parent, device, dtype):

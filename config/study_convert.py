@@ -40,13 +40,8 @@ _mlp = [3, 4, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 25, 26
 _real = {"architecture": "mod", "gate": "straight_through", "router_input": "normed", "kv": "all"}
 _at_half = _real | {"routed_layers": _half, "capacity": 0.5}
 _at_eighth = _real | {"routed_layers": _eighth, "capacity": 0.125}
-# A linear guess for each skipped token costs a tenth of a block: one block more is routed.
-_line = {"skip": "linear", "lr_prior": 3e-4}
-_nine = {"routed_layers": sorted([*_eighth, 18])}
 # dtf decides in the block below: the cheapest that stand apart.
 _apart = {"routed_layers": [4, 7, 12, 14, 17, 19, 22, 25]}
-# Hardly ever entered: static drop, with the guess.
-_static = {"routed_layers": _eighth, "router": "positional", "capacity": 1 / 64, "kv": "selected"}
 _without = [i for i in range(30) if i not in (3, 4, 5, 12, 13, 14, 17)]  # the 7 cheapest are gone
 _dtf = {"architecture": "dtf", "routed_layers": _alternate, "capacity": 0.4}
 arms = {
@@ -63,17 +58,13 @@ arms = {
     "mod_mlp": _real | {"routed_layers": _mlp, "capacity": 0.5, "routed_part": "mlp", "kv": "selected"},
     "stt_half": _at_half | {"architecture": "stt"},
     "dtf_alternate": _real | _dtf,
-    "mod_eighth_linear": _at_eighth | _nine | _line,
-    "drop_linear": _real | _static | _line,
-    "random_eighth_linear": _at_eighth | _nine | _line | {"router": "random"},
     "dtf_eighth": _at_eighth | _apart | {"architecture": "dtf"},
     "stt_eighth": _at_eighth | {"architecture": "stt"},
     "dense_fast": {"architecture": "dense", "lr_base": 1e-3},
     "drop_fast": {"architecture": "dense", "keep_layers": _without, "lr_base": 1e-3},
     "mod_eighth_fast": _at_eighth | {"lr_base": 1e-3},
     "mod_eighth_frozen": _at_eighth | {"lr_base": 0.0},
-    "mod_eighth_linear_frozen": _at_eighth | _nine | _line | {"lr_base": 0.0, "lr_prior": 1e-3},
-    "mod_eighth_linear_lora": _at_eighth | _nine | _line | {"lora": True, "lr_lora": 1e-3},
+    "mod_eighth_lora": _at_eighth | {"lora": True, "lr_lora": 1e-3},
     "mod_eighth_threshold": _at_eighth | {"causal_decision": "threshold"},
     "drop_distilled": {"architecture": "dense", "keep_layers": _without, "distill_from": "out/smollm2"},
     "mod_many": _at_half | {"capacity_choices": [0.25, 0.5, 0.75]},

@@ -22,11 +22,11 @@ checkpoints = False
 
 common = _screening["common"] | {"dtype": "bfloat16"}  # twice as fast where a CPU multiplies it in hardware
 judge_tokens = _screening["judge_tokens"]
-_names = ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth", "drop_linear", "mod_eighth_linear")
+_names = ("dense", "drop", "mod_eighth", "random_eighth", "positional_eighth")
 arms = {name: _screening["arms"][name] for name in _names}
-arms |= {name: arms[name] | {"capacity_choices": [0.125]} for name in ("mod_eighth", "mod_eighth_linear")}
+arms["mod_eighth"] |= {"capacity_choices": [0.125]}
 arms |= {f"{name}_slow": keys | {"lr_base": 1e-4} for name, keys in arms.items()}
-_taught = ("dense", "drop", "mod_eighth", "mod_eighth_linear")
+_taught = ("dense", "drop", "mod_eighth")
 arms |= {f"{name}_distilled": arms[name] | {"distill_from": "out/smollm2"} for name in _taught}
 arms["drop_taught"] = arms["drop"] | {"distill_from": "out/adapted"}
 # More speeds, and what each means is worth to mod_eighth.
@@ -41,8 +41,6 @@ arms["mod_eighth_soft"] = _mod | {"gate": "soft"}
 arms["mod_eighth_predict"] = _mod | {"skip": "predict"}
 arms["mod_eighth_threshold"] = _mod | {"selection": "threshold", "causal_decision": "threshold"}
 arms["mod_mlp"] = _screening["arms"]["mod_mlp"] | {"capacity_choices": [0.5]}
-# Lines take FLOPs, and held-out text has more tokens that pass: with so many fewer, inference takes what drop does.
-arms["mod_linear_equal"] = arms["mod_eighth_linear"] | {"capacity": 0.0725, "capacity_choices": [0.0725]}
 # The choice fitted to the parent, beside a random one; with a teacher; at half of the saving.
 arms["mod_fitted"] = arms["mod_half"] | {"router": "fitted", "causal_decision": "threshold"}
 # Held-out text has more tokens that pass, so that half of the tokens is 53 % there: with so many fewer inference takes what drop does.
@@ -50,10 +48,8 @@ arms["mod_fitted_equal"] = arms["mod_fitted"] | {"capacity": 0.47, "capacity_cho
 arms["random_half"] = _screening["arms"]["random_half"]
 arms["mod_fitted_distilled"] = arms["mod_fitted"] | {"distill_from": "out/smollm2"}
 arms["positional_half"] = arms["random_half"] | {"router": "positional"}
-# What the other means are worth to the fitted choice: at its FLOPs each, skipped tokens without keys or with lines.
+# What the other tokens' keys are worth to the fitted choice: with its own alone it has FLOPs for more tokens.
 arms["mod_fitted_own_keys"] = arms["mod_fitted"] | {"kv": "selected", "capacity": 0.55, "capacity_choices": [0.55]}
-_line = {"skip": "linear", "lr_prior": 3e-4}
-arms["mod_fitted_linear"] = arms["mod_fitted"] | _line | {"capacity": 0.41, "capacity_choices": [0.41]}
 arms["mod_fitted_most"] = arms["mod_fitted"] | {"capacity": 0.7, "capacity_choices": [0.7]}  # what drop_four takes
 arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 0.75]}
 # The surprise's own choice, of an eighth.

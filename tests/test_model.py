@@ -877,7 +877,7 @@ def test_published_parameter_counts(size):
             {"architecture": "mod", "router": "random", "causal_decision": "threshold"},
             "needs a score, and router='random' has none",
         ),
-        ({"architecture": "stt", "stt_output": "dense", "skip": "linear"}, "skip='linear' would learn nothing"),
+        ({"architecture": "stt", "stt_output": "dense", "skip": "predict"}, "skip='predict' would learn nothing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
     ],
 )

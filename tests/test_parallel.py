@@ -71,7 +71,7 @@ def runs(data, start, tmp_path_factory):  # noqa: F811
     ]
     train.main(job("one", "scratch", *scratch))
     two += [job("fsdp2", "scratch", *scratch, fsdp)]
-    asked = [f"--init_from={start / 'dense'}", "--architecture=mod", "--routed_layers=auto", "--skip=linear"]
+    asked = [f"--init_from={start / 'dense'}", "--architecture=mod", "--routed_layers=auto"]
     asked += ["--router=fitted", "--capacity_choices=0.5"]  # calibrated at the end
     train.main(job("one", "asked", *asked))
     two += [job("fsdp2", "asked", *asked, fsdp)]
@@ -219,7 +219,7 @@ def test_gradients_are_clipped_as_torch_clips_them():
         assert torch.equal(mine.grad, other.grad)
 
 
-MEANS = [{"routed_part": "mlp"}, {"kv": "all", "router_input": "normed"}, {"skip": "linear"}, {"skip": "predict"}]
+MEANS = [{"routed_part": "mlp"}, {"kv": "all", "router_input": "normed"}, {"skip": "predict"}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
