@@ -112,6 +112,7 @@ def card(config, state):
         "vocab_size": f"{cfg.vocab_size:,}",
         "max_position_embeddings": f"{cfg.max_position_embeddings:,}",
         "routed_blocks": len(cfg.routed_layers),
+        "capacities": capacities(cfg),
         "skipped": f"store {'no' if cfg.compact_cache else 'their'} keys and values",
         "decision": f"{cfg.router} positions" if cfg.by_position else cfg.causal_decision,
         "flops_per_token": f"{model.flops_per_token(run['seq_len']):.3g}",
@@ -132,6 +133,12 @@ def card(config, state):
         loss = losses[f"loss{routing}"]
         values |= {f"loss{routing}": f"{loss:.4f}", f"perplexity{routing}": f"{perplexity(loss):.2f}"}
     return Template(template).substitute(values)
+
+
+def capacities(cfg: ModelConfig) -> str:
+    """What a model of many capacities can also run at."""
+    others = [known for known in cfg.calibrated or {} if known != str(cfg.capacity)]
+    return f" (calibrated for {', '.join(others)} too: from_pretrained(…, capacity={others[0]}))" if others else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -240,6 +240,24 @@ def test_the_card(architecture, tmp_path, code_cache):
         assert relative_error(names["model"](ids).logits, model(ids, routing="causal").logits) <= 1e-5
 
 
+def test_the_card_of_a_model_of_many_capacities_says_how_to_run_it_at_each(tmp_path, code_cache):
+    model = small_model("mod", calibrated={"0.25": [1.0, 1.0], "0.5": [0.0, 0.0], "0.75": [-1.0, -1.0]})
+    model.save_pretrained(tmp_path)
+    publish.describe(tmp_path, state())
+    publish.write_code(tmp_path)
+    _, body = head_and_body(tmp_path)
+    assert "capacity 0.5 (calibrated for 0.25, 0.75 too: from_pretrained(…, capacity=0.25)), causal" in body
+    from transformers import AutoModelForCausalLM
+
+    theirs, ids = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, capacity=0.25),
+        random_ids(1, 9),
+    )
+    model.set_capacity(0.25)
+    with torch.no_grad():
+        assert relative_error(theirs(ids).logits, model(ids, routing="causal").logits) <= 1e-5
+
+
 def test_hostile_names_stay_text(tmp_path):
     evil = "x\n---\nlicense: mit\n---\n# Owned `|` <script>alert(1)</script> ${steps} <!-- end -->"
     small_model("dense").save_pretrained(tmp_path)
