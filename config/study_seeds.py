@@ -51,6 +51,7 @@ arms["positional_half"] = arms["random_half"] | {"router": "positional"}
 # What the other tokens' keys are worth to the fitted choice: with its own alone it has FLOPs for more tokens.
 arms["mod_fitted_own_keys"] = arms["mod_fitted"] | {"kv": "selected", "capacity": 0.55, "capacity_choices": [0.55]}
 arms["mod_fitted_most"] = arms["mod_fitted"] | {"capacity": 0.7, "capacity_choices": [0.7]}  # what drop_four takes
+arms["random_most"] = arms["random_half"] | {"capacity": 0.7}
 arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 0.75]}
 # The surprise's own choice, of an eighth.
 for _name in ("dtf_eighth", "stt_eighth"):
