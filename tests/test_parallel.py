@@ -138,14 +138,15 @@ def test_from_scratch_all_weights_and_thresholds_are_those_of_one_rank(runs):
 
 
 def test_a_sharded_parent_is_asked_like_a_whole_one(runs):
-    """Which blocks it can spare, and what lines make of them."""
+    """Which blocks it can spare, and for which tokens."""
     assert_equal_losses(*(without_clock(runs / kind / "asked") for kind in ("one", "fsdp2")))
     one, two = (Transformer.from_pretrained(runs / k / "asked" / "final_model") for k in ("one", "fsdp2"))
     (offsets,), (theirs,) = one.config.calibrated.values(), two.config.calibrated.values()
     assert offsets == pytest.approx(theirs, rel=1e-4) and len(offsets) == len(one.config.routed_layers) == 1
     assert one.config.routed_layers == two.config.routed_layers
     (i,) = one.config.routed_layers
-    torch.testing.assert_close(two.model.layers[i].skip.weight, one.model.layers[i].skip.weight, rtol=1e-3, atol=1e-5)
+    theirs, line = two.model.layers[i].router.weight, one.model.layers[i].router.weight
+    torch.testing.assert_close(theirs, line, rtol=1e-3, atol=1e-5)
 
 
 def test_every_checkpoint_goes_on_anywhere(runs, tmp_path):
