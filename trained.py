@@ -39,9 +39,8 @@ def open_model(path: str, device="cpu", dtype: torch.dtype = torch.float32, capa
     directory = model_directory(path)
     model = Transformer.from_pretrained(directory, dtype, **({} if capacity is None else {"capacity": capacity}))
     if capacity is not None and not model.config.calibrated:  # nothing would tell its border where to lie
-        raise ModelError(
-            f"capacity={capacity}: {path} is calibrated for none, train it with capacity_choices=[{capacity}, …]"
-        )
+        known = "is calibrated for none, train it with capacity_choices" if model.routed else "is dense, which has none"
+        raise ModelError(f"capacity={capacity}: {path} {known}")
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     if not os.path.exists(tokenizer_path):
         raise ModelError(f"{tokenizer_path} is missing: copy it from the data folder that the model was trained on")

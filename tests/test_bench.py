@@ -516,6 +516,8 @@ def test_a_model_of_many_capacities_at_each(folders, tokenizer, tmp_path, capsys
         sample.main([f"--model_path={many}", "--capacity=0.5"])
     with pytest.raises(ModelError, match="is calibrated for none, train it with capacity_choices"):
         bench.main([f"--model_path={folders['dtf']}", "--tasks=perplexity", "--capacity=0.25"])
+    with pytest.raises(ModelError, match="is dense, which has none"):
+        bench.main([f"--model_path={folders['dense']}", "--tasks=perplexity", "--capacity=0.25"])
 
 
 def test_attention_is_counted_as_such_where_it_is_written_out(monkeypatch):
