@@ -114,9 +114,9 @@ def check(argv):
     """What a command line asks for: (BenchConfig, keys of the model, lm-eval's TaskManager and tasks). Raises ConfigError."""
     bench_set, model_set = configure(__doc__, argv, BenchConfig, ModelConfig)
     cfg = BenchConfig(**bench_set)
-    given = [*model_set, *(["size"] if "size" in bench_set else [])]
-    if cfg.model_path and (given := ", ".join(key for key in given if key != "capacity")):
-        raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {given}")
+    given = [key for key in (*model_set, *(bench_set.keys() & {"size"})) if key != "capacity"]
+    if cfg.model_path and given:
+        raise ConfigError(f"model_path={cfg.model_path} has its own configuration: drop {', '.join(given)}")
     single = [task for task in cfg.tasks if task in OWN_TASKS and task not in ("perplexity", "copying")]
     if single and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"tasks={','.join(single)} measure one process: run them without torchrun")

@@ -138,9 +138,10 @@ def test_a_conversion_fits_its_routers_once_and_leaves_them(data, start, tmp_pat
 
 def test_a_conversion_that_cannot_be_trained_is_refused_before_anything_is_measured(data, start, tmp_path):  # noqa: F811
     small_model("dense", vocab_size=40).save_pretrained(tmp_path / "few")
+    keys = [*common(data), f"--init_from={tmp_path / 'few'}", f"--out_dir={tmp_path / 'x'}", "--max_steps=4"]
     for key in ("--router=fitted", "--routed_layers=auto"):
         with pytest.raises(ConfigError, match="has token ids up to 63, the model vocab_size=40"):
-            train.main([*common(data), "--architecture=mod", key, f"--init_from={tmp_path / 'few'}", "--max_steps=4"])
+            train.main([*keys, "--architecture=mod", key])
 
 
 def test_training_chooses_writes_and_keeps_its_choice(data, start, tmp_path, capsys):  # noqa: F811
