@@ -62,5 +62,9 @@ arms["mod_fitted_eight"] = arms["mod_eight_half"] | {
     "capacity": 0.47,
 }
 arms["mod_fitted_eight"] |= {"capacity_choices": [0.47]}
+# Cheap recipes: LoRA, in the fitted choice and in dense; a frozen base, whose routers alone learn.
+arms["mod_fitted_lora"] = arms["mod_fitted"] | {"lora": True, "lr_lora": 1e-3}
+arms["dense_lora"] = arms["dense"] | {"lora": True, "lr_lora": 1e-3}
+arms["mod_eighth_frozen"] = _mod | {"lr_base": 0.0}
 seeds = [1, 2, 3]
 reference = "dense"
