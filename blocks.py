@@ -697,13 +697,14 @@ class RoutedBlock(Block):
         return add(costs)
 
     def decode_bytes(self, ran):
-        """What every token needs always, the routed part where a row runs."""
+        """What every token needs always, the routed part where a row runs; the causal router where it decides."""
         routed = self.block_bytes()
         if self.config.routed_part == "mlp":
             routed = nbytes(self.mlp, self.post_attention_layernorm)
         elif not self.config.compact_cache:
             routed -= nbytes(self.self_attn.k_proj, self.self_attn.v_proj, self.input_layernorm)
-        return nbytes(self) - routed * (1 - ran[self.index])
+        unread = nbytes(self.causal_router) if self.config.causal_decision == "threshold" else 0
+        return nbytes(self) - routed * (1 - ran[self.index]) - unread
 
     def activations(self, p):
         cfg, d = self.config, self.config.hidden_size

@@ -152,7 +152,7 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
         if self.calibrated is not None:
             if str(self.capacity) not in self.calibrated:
                 known = ", ".join(self.calibrated)
-                found.append(f"capacity={self.capacity} is not calibrated, {known} are: name one, or calibrated=None")
+                found.append(f"capacity={self.capacity} is not calibrated, {known} are: name one of them")
             elif any(len(offsets) != len(self.routed_layers) for offsets in self.calibrated.values()):
                 found.append(f"calibrated needs an offset for each of {len(self.routed_layers)} routed layers")
         return found

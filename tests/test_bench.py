@@ -455,6 +455,8 @@ def test_decode_bytes():
     assert small_model("dtf").decode_bytes(3, 100, *ran) == head + 4.5 * block + routers + 1.5 * prior + cached
     ungated = small_model("dtf", gate="straight_through").decode_bytes(3, 100, *ran)
     assert ungated == head + 4.5 * block + routers + cached
+    mod = small_model("mod", causal_decision="threshold").decode_bytes(3, 100, *ran)
+    assert mod == head + 4.5 * block + 2 * 4 * 32 + cached  # the routers that score; the causal ones are not asked
 
 
 def test_the_peer_is_our_dense_model():
