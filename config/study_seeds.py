@@ -51,6 +51,11 @@ arms["positional_half"] = arms["random_half"] | {"router": "positional"}
 # What the other tokens' keys are worth to the fitted choice: with its own alone it has FLOPs for more tokens.
 arms["mod_fitted_own_keys"] = arms["mod_fitted"] | {"kv": "selected", "capacity": 0.55, "capacity_choices": [0.55]}
 arms["mod_fitted_most"] = arms["mod_fitted"] | {"capacity": 0.7, "capacity_choices": [0.7]}  # what drop_four takes
+# Two blocks removed and the choice in twelve of the others, which are numbered anew: faster, at what drop takes.
+_left = [i for i in range(30) if i not in (14, 17)]
+_twelve = [_left.index(i) for i in (3, 4, 5, 7, 12, 13, 16, 18, 19, 22, 25, 26)]
+arms["mod_fitted_removed"] = arms["mod_fitted"] | {"keep_layers": _left, "routed_layers": _twelve, "capacity": 0.53}
+arms["mod_fitted_removed"] |= {"capacity_choices": [0.53]}
 arms["random_most"] = arms["random_half"] | {"capacity": 0.7}
 arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 0.75]}
 # The surprise's own choice, of an eighth.
