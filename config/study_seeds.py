@@ -61,6 +61,7 @@ arms["mod_fitted_many"] = arms["mod_fitted"] | {"capacity_choices": [0.25, 0.5, 
 # The surprise's own choice, of an eighth.
 for _name in ("dtf_eighth", "stt_eighth"):
     arms[_name] = _screening["arms"][_name] | {"capacity_choices": [0.125]}
+arms["dtf_eighth_soft"] = arms["dtf_eighth"] | {"gate": "soft"}
 arms["mod_fitted_eight"] = arms["mod_eight_half"] | {
     "router": "fitted",
     "causal_decision": "threshold",
