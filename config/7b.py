@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/dtf_05b.py config/7b.py --out_dir=out/dtf_7b
 
-Estimates of what a GPU will hold, which the start prints too: mod 54 GB, dtf 54 GB, stt 56 GB; not yet run on GPUs. Out of
+Estimates of what a GPU will hold, which the start prints too: mod 54 GB, dtf 54 GB, stt 55 GB; not yet run on GPUs. Out of
 memory: half the batch_size and twice the grad_accum_steps, then offload. Several nodes: docs/slurm.sh.
 """
 
