@@ -44,11 +44,16 @@ def cross_entropy(logits, targets, losses, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def divergence(logits, teacher, targets, losses, V, BLOCK: tl.constexpr):
-    """Row by row: KL(teacher ‖ model) to losses (n), p − q over logits (n, V); 0 where the target is −100."""
+def taught(logits, teacher, targets, losses, distill_weight, V, BLOCK: tl.constexpr):
+    """Row by row: −log p(target) and KL(teacher ‖ model) to losses (n, 2), the gradient of the first + distill_weight · the
+    second over logits (n, V); 0 where the target is −100.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     teacher += row * V
+    target = tl.load(targets + row)
+    counts = target >= 0
+    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)  # now: the last loop writes over it
     highest, total = float("-inf"), 0.0  # of the model
     highest_t, total_t, dot = float("-inf"), 0.0, 0.0  # of the teacher; Σ exp(t) (t − x)
     for start in range(0, V, BLOCK):
@@ -62,29 +67,31 @@ def divergence(logits, teacher, targets, losses, V, BLOCK: tl.constexpr):
         total_t = total_t * tl.exp(before - highest_t) + tl.sum(weight, 0)
         dot = dot * tl.exp(before - highest_t) + tl.sum(tl.where(word < V, weight * (t - x), 0.0), 0)
     log_sum, log_sum_t = highest + tl.log(total), highest_t + tl.log(total_t)
-    counts = tl.load(targets + row) >= 0
-    tl.store(losses + row, tl.where(counts, dot / total_t - log_sum_t + log_sum, 0.0))
+    tl.store(losses + 2 * row, tl.where(counts, log_sum - at_target, 0.0))
+    tl.store(losses + 2 * row + 1, tl.where(counts, dot / total_t - log_sum_t + log_sum, 0.0))
     for start in range(0, V, BLOCK):
         word = start + tl.arange(0, BLOCK)
         x = tl.load(logits + word, word < V, float("-inf")).to(tl.float32)
         t = tl.load(teacher + word, word < V, float("-inf")).to(tl.float32)
-        grad = tl.exp(x - log_sum) - tl.exp(t - log_sum_t)
+        grad = (1 + distill_weight) * tl.exp(x - log_sum) - distill_weight * tl.exp(t - log_sum_t)
+        grad -= tl.where(word == target, 1.0, 0.0)
         tl.store(logits + word, tl.where(counts, grad, 0.0).to(logits.dtype.element_ty), word < V)
 
 
-def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None = None):
+def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, teacher=None, distill_weight: float = 0.0):
     """(losses (n, 1) in float32, their gradient by the logits) of logits (n, V), which are overwritten; targets (n, 1).
 
-    The loss of a row is the cross-entropy with its target or, with a teacher's logits (n, V), KL(teacher ‖ model); 0 where the
-    target is −100.
+    The loss of a row is the cross-entropy with its target; with a teacher's logits (n, V) there are two, (n, 2), that and
+    KL(teacher ‖ model), and the gradient is of the first + distill_weight · the second. 0 where the target is −100.
     """
     n, V = logits.shape
-    losses = torch.empty(n, 1, dtype=torch.float32, device=logits.device)
+    losses = torch.empty(n, 1 if teacher is None else 2, dtype=torch.float32, device=logits.device)
+    given = targets.contiguous(), losses
     with torch.cuda.device_of(logits):  # else Triton starts them on the current one
         if teacher is None:
-            cross_entropy[(n,)](logits, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+            cross_entropy[(n,)](logits, *given, V, BLOCK, num_warps=8)
         else:
-            divergence[(n,)](logits, teacher, targets.contiguous(), losses, V, BLOCK, num_warps=8)
+            taught[(n,)](logits, teacher, *given, distill_weight, V, BLOCK, num_warps=8)
     return losses, logits
 
 

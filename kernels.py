@@ -356,31 +356,38 @@ def _to_targets(logits, targets):
     return losses, p.scatter_add_(1, targets, torch.full_like(at_target, -1))
 
 
-def _to_teacher(logits, teacher):
-    """KL(teacher ‖ model) of every row, and its gradient by the logits: (n, V) each → (n, 1), (n, V)."""
+def _to_both(logits, targets, teacher, distill_weight):
+    """−log p(target) and KL(teacher ‖ model) of every row, and the gradient of the first + distill_weight · the second:
+    (n, V), (n, 1), (n, V) → (n, 2), (n, V).
+    """
     log_q, log_p = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
-    q = log_q.exp()
-    losses = log_q.sub_(log_p).mul_(q).sum(-1, keepdim=True)
-    return losses, log_p.exp_().sub_(q)
+    q, at_target = log_q.exp(), log_p.gather(1, targets)
+    divergence = log_q.sub_(log_p).mul_(q).sum(-1, keepdim=True)
+    grad = log_p.exp_().mul_(1 + distill_weight).sub_(q, alpha=distill_weight)
+    return torch.cat((-at_target, divergence), 1), grad.scatter_add_(1, targets, torch.full_like(at_target, -1))
 
 
-def _losses_and_gradient(logits, targets, teacher=None):
-    """The loss of every row, and its gradient by the logits, 0 where the target is −100: (n, V), (n, 1) → (n, 1), (n, V)."""
+def _losses_and_gradient(logits, targets, teacher=None, distill_weight=0.0):
+    """The losses of every row, and their gradient by the logits, 0 where the target is −100: (n, V), (n, 1) → (n, 1), (n, V).
+
+    With a teacher's logits (n, V) there are two, see `_to_both`: (n, 2).
+    """
     if teacher is None:
         losses, grad = _to_targets(logits.float(), targets.clamp(min=0))
     else:
-        losses, grad = _to_teacher(logits.float(), teacher.float())
+        losses, grad = _to_both(logits.float(), targets.clamp(min=0), teacher.float(), distill_weight)
     counts = targets >= 0
     return losses * counts, grad.mul_(counts).to(logits.dtype)
 
 
-def _in_pieces(logits, targets, teacher=None):
+def _in_pieces(logits, targets, teacher=None, distill_weight=0.0):
     """The same in the logits' own place, in pieces whose float32 copies stay in a processor's cache."""
-    rows, losses = max(1, (1 << 21) // logits.size(1)), torch.empty_like(targets, dtype=torch.float32)
+    rows = max(1, (1 << 21) // logits.size(1))
+    losses = logits.new_empty(logits.size(0), 1 if teacher is None else 2, dtype=torch.float32)
     for start in range(0, logits.size(0), rows):
         part = slice(start, start + rows)
         of_teacher = None if teacher is None else teacher[part]
-        losses[part], logits[part] = _losses_and_gradient(logits[part], targets[part], of_teacher)
+        losses[part], logits[part] = _losses_and_gradient(logits[part], targets[part], of_teacher, distill_weight)
     return losses, logits
 
 
@@ -421,7 +428,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, teacher):
+    def forward(ctx, hidden, weight, targets, teacher, distill_weight):
         total, grad_weight, weight = 0.0, None, weight.to(hidden.dtype)
         kind = "cuda" if hidden.is_cuda else hidden.device.type
         rows, losses_and_gradient = _way(kind, hidden.dtype, weight.size(0))
@@ -430,24 +437,25 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden.size(0), rows):
             part = slice(start, start + rows)
             h, of_teacher = hidden[part], teacher and linear(teacher[0][part], teacher[1])  # (rows, d), (rows, V)
-            losses, grad = losses_and_gradient(
-                linear(h, weight), targets[part, None], of_teacher
-            )  # (rows, 1), (rows, V)
-            total += losses.sum()
+            # (rows, 1), or (rows, 2) with a teacher, and (rows, V)
+            losses, grad = losses_and_gradient(linear(h, weight), targets[part, None], of_teacher, distill_weight)
+            total += losses.sum(0)
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad, weight.t())
             if ctx.needs_input_grad[1]:
                 of_part = _weight_gradient(grad, h)
                 grad_weight = of_part if grad_weight is None else grad_weight.add_(of_part)
         ctx.save_for_backward(grad_hidden, grad_weight, share)
-        return total * share
+        means = total * share
+        ctx.mark_non_differentiable(means)
+        return means.sum() if teacher is None else means[0] + distill_weight * means[1], means
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_hidden, grad_weight, share = ctx.saved_tensors
         grad = grad * share
         of_hidden, of_weight = (None if g is None else g * grad for g in (grad_hidden, grad_weight))
-        return of_hidden, of_weight, None, None
+        return of_hidden, of_weight, None, None, None
 
 
 def loss_memory(n: int, weight: torch.Tensor, dtype: torch.dtype, device: str) -> float:
@@ -459,13 +467,27 @@ def loss_memory(n: int, weight: torch.Tensor, dtype: torch.dtype, device: str) -
     return n * weight.size(1) * dtype.itemsize + logits + of_weight
 
 
-def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
-    """Mean loss of the logits hidden · weightᵀ over the targets that are not −100, a scalar in float32.
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the logits hidden · weightᵀ with the targets that are not −100, a scalar in float32.
 
-    hidden (N, d), weight (V, d), targets (N). The loss is the cross-entropy with the targets or, with teacher = (its hidden
-    states (N, d'), its weight (V, d')), KL(teacher ‖ model), the distillation loss of Hinton et al. 2015 at temperature 1.
-    The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a vocabulary of 151,936 they would be 10 GB.
+    hidden (N, d), weight (V, d), targets (N). The logits exist one chunk of rows at a time: at 16 × 1024 tokens and a
+    vocabulary of 151,936 they would be 10 GB.
     """
+    return _loss(hidden, weight, targets, None, 0.0)[0]
+
+
+def taught_loss(hidden, weight, targets, teacher, distill_weight: float) -> tuple[torch.Tensor, ...]:
+    """(cross-entropy + distill_weight · KL(teacher ‖ model), the cross-entropy, the divergence), scalars in float32 of which
+    the first has a gradient: means over the targets that are not −100, as in `head_loss`, from one pass over the logits.
+
+    teacher: its hidden states (N, d') and its head (V, d'). The divergence is the distillation loss of Hinton et al. 2015 at
+    temperature 1.
+    """
+    loss, means = _loss(hidden, weight, targets, teacher, distill_weight)
+    return loss, *means.unbind()
+
+
+def _loss(hidden, weight, *given):
     if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
         hidden, weight = hidden.detach(), weight.detach()
-    return _HeadLoss.apply(hidden, weight, targets, teacher)
+    return _HeadLoss.apply(hidden, weight, *given)

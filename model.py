@@ -436,10 +436,8 @@ class Transformer(Generation, nn.Module):
         if targets is None:
             out = Output(kernels.linear(hidden, self.head_weight), None, losses, stats)  # logits (B, T, V)
         else:
-            losses = {"lm": head_loss(hidden, self.head_weight, targets)} | losses
-            if teacher is not None:
-                losses["distill"] = head_loss(hidden, self.head_weight, targets, teacher)
-            out = Output(None, self.total(losses), losses, stats)
+            loss, of_head = head_loss(hidden, self.head_weight, targets, teacher, self.config.distill_weight)
+            out = Output(None, self.total({"lm": loss} | losses), of_head | losses, stats)
         if return_masks:
             decisions = {i: layer_notes.decision for i, layer_notes in enumerate(notes) if layer_notes.decision}
             out.masks = {i: decision.mask for i, decision in decisions.items()}
@@ -639,15 +637,19 @@ def read_config(directory: str) -> dict:
     return stored | {"eos_token_id": ends_of_text(directory) or None}
 
 
-def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher=None) -> torch.Tensor:
-    """Mean over the targets that are not −100 of the cross-entropy, or the KL divergence from a teacher: see kernels.py.
+def head_loss(
+    hidden, weight, targets, teacher=None, distill_weight=0.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Cross-entropy, with a teacher + distill_weight · KL(teacher ‖ model), and {lm: …, distill: …}: see kernels.py.
 
     hidden (B, T, d), weight (V, d), targets (B, T), teacher (hidden states (B, T, d'), weight (V, d')).
     """
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden = hidden.to(dtype)
-        teacher = teacher and tuple(t.to(dtype) for t in teacher)
-    teacher = teacher and (teacher[0].flatten(0, 1), teacher[1])
-    return kernels.head_loss(hidden.flatten(0, 1), weight, targets.flatten(), teacher)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    given = hidden.flatten(0, 1).to(dtype), weight, targets.flatten()
+    if teacher is None:
+        loss = kernels.head_loss(*given)
+        return loss, {"lm": loss}
+    states, head = (t.to(dtype) for t in teacher)
+    loss, lm, divergence = kernels.taught_loss(*given, (states.flatten(0, 1), head), distill_weight)
+    return loss, {"lm": lm, "distill": divergence}

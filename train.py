@@ -398,12 +398,8 @@ class Run:
             self.model.set_capacity(now)
         if str(now) not in self.costs:
             cost = self.model.flops_per_token(cfg.seq_len, training=True)
-            if (
-                self.teacher
-            ):  # its forward pass, and the student's head a second time: forward, gradients of states and weight
-                products = 2 + self.model.head_weight.requires_grad
+            if self.teacher:
                 cost += self.teacher.flops_per_token(cfg.seq_len)
-                cost += 2.0 * products * config.hidden_size * config.vocab_size
             self.costs[str(now)] = cost
         self.flops_per_token = self.costs[str(now)]
 

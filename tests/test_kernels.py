@@ -240,28 +240,35 @@ def test_the_loss_of_extreme_and_of_half_precise_logits():
 
 
 @pytest.mark.parametrize("vocab", [97, 1 << 17])
-def test_the_loss_against_a_teacher_is_the_kl_divergence(vocab):
+def test_the_loss_with_a_teacher_is_cross_entropy_and_kl_divergence(vocab):
     torch.manual_seed(0)
     hidden, weight = torch.randn(400, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
     teacher, targets = (torch.randn(400, 8), torch.randn(vocab, 8)), torch.randint(0, vocab, (400,))
     targets[7:20] = -100
 
-    def divergence(hidden, weight, teacher):
+    def both(hidden, weight, teacher):
         q, p = F.linear(*teacher).log_softmax(-1), F.linear(hidden, weight).log_softmax(-1)
-        return F.kl_div(p, q, reduction="none", log_target=True).sum(-1)[targets != -100].mean()
+        divergence = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)[targets != -100].mean()
+        return F.nll_loss(p, targets), divergence
 
     exact_inputs = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    exact = divergence(*exact_inputs, [t.double() for t in teacher])
-    ours, theirs = kernels.head_loss(hidden, weight, targets, teacher), divergence(hidden, weight, teacher)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
-    gradients = [torch.autograd.grad(y, x) for y, x in ((ours, (hidden, weight)), (theirs, (hidden, weight)))]
-    for got, their_own, expected in zip(*gradients, torch.autograd.grad(exact, exact_inputs), strict=True):
+    exact, theirs = both(*exact_inputs, [t.double() for t in teacher]), both(hidden, weight, teacher)
+    loss, *parts = kernels.taught_loss(hidden, weight, targets, teacher, 0.7)
+    for part, expected in zip(parts, exact, strict=True):
+        torch.testing.assert_close(part.double(), expected, rtol=1e-5, atol=0)
+        assert not part.requires_grad
+    whole, their_whole = exact[0] + 0.7 * exact[1], theirs[0] + 0.7 * theirs[1]
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(y, x) for y, x in ((loss, (hidden, weight)), (their_whole, (hidden, weight)))]
+    for got, their_own, expected in zip(*gradients, torch.autograd.grad(whole, exact_inputs), strict=True):
         rounding = (their_own - expected).abs().max()  # what float32 costs PyTorch's own operators
         assert 0 < (got - expected).abs().max() < 1.5 * rounding < 1e-4 * expected.abs().max()
-    same = kernels.head_loss(hidden, weight, targets, (hidden.detach(), weight.detach()))
-    assert abs(same.item()) < 1e-6  # nothing to learn from oneself
+    same = kernels.taught_loss(hidden, weight, targets, (hidden.detach(), weight.detach()), 1.0)
+    assert abs(same[2].item()) < 1e-6  # nothing to learn from oneself
     with torch.no_grad():
-        torch.testing.assert_close(kernels.head_loss(hidden, weight, targets, teacher), theirs, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            kernels.taught_loss(hidden, weight, targets, teacher, 0.7)[0], loss, rtol=1e-6, atol=0
+        )
 
 
 def test_every_negative_target_is_none():
@@ -294,14 +301,14 @@ def test_the_loss_in_triton_is_that_of_float64(V, dtype, taught, gpu_kernels):
     targets = torch.randint(0, V, (5, 1))
     targets[2] = -100
     exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets[:, 0], reduction="none")[:, None]
     if taught:
         log_q = teacher.double().log_softmax(-1)
-        expected = (log_q.exp() * (log_q - exact.log_softmax(-1))).sum(-1) * (targets[:, 0] != -100)
-    else:
-        expected = F.cross_entropy(exact, targets[:, 0], reduction="none")
-    expected.sum().backward()
-    losses, grad = gpu_kernels.losses_and_gradient(logits.clone(), targets, teacher if taught else None)
-    torch.testing.assert_close(losses[:, 0].double(), expected, rtol=2e-6, atol=2e-6)
+        divergence = (log_q.exp() * (log_q - exact.log_softmax(-1))).sum(-1) * (targets[:, 0] != -100)
+        expected = torch.stack((expected[:, 0], divergence), 1)
+    (expected * torch.tensor([1, 0.7])[: expected.size(1)]).sum().backward()
+    losses, grad = gpu_kernels.losses_and_gradient(logits.clone(), targets, teacher if taught else None, 0.7)
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=2e-6)
     # the interpreter cuts bfloat16 off where a GPU rounds: an error of up to 2⁻⁷, not 2⁻⁸
     rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(grad.double(), exact.grad, rtol=rounding, atol=max(1e-6, rounding * 2**-6))
@@ -318,8 +325,11 @@ def test_the_head_gets_the_same_gradients_through_triton(taught, gpu_kernels, mo
     ours = []
     for chunk in (kernels._losses_and_gradient, gpu_kernels.losses_and_gradient):
         monkeypatch.setattr(kernels, "_losses_and_gradient", chunk)
-        loss = kernels.head_loss(hidden, weight, targets, teacher)
-        ours.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        if taught:
+            loss, *parts = kernels.taught_loss(hidden, weight, targets, teacher, 0.7)
+        else:
+            loss, parts = kernels.head_loss(hidden, weight, targets), []
+        ours.append((loss, *parts, *torch.autograd.grad(loss, (hidden, weight))))
     for one, other in zip(*ours, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
