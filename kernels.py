@@ -448,6 +448,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, share)
         means = total * share
         ctx.mark_non_differentiable(means)
+        ctx.set_materialize_grads(False)  # nor zeros in its place
         return means.sum() if teacher is None else means[0] + distill_weight * means[1], means
 
     @staticmethod

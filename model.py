@@ -637,12 +637,10 @@ def read_config(directory: str) -> dict:
     return stored | {"eos_token_id": ends_of_text(directory) or None}
 
 
-def head_loss(
-    hidden, weight, targets, teacher=None, distill_weight=0.0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def head_loss(hidden, weight, targets, teacher, distill_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropy, with a teacher + distill_weight · KL(teacher ‖ model), and {lm: …, distill: …}: see kernels.py.
 
-    hidden (B, T, d), weight (V, d), targets (B, T), teacher (hidden states (B, T, d'), weight (V, d')).
+    hidden (B, T, d), weight (V, d), targets (B, T), teacher (hidden states (B, T, d'), weight (V, d')) or None.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
