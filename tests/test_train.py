@@ -1010,7 +1010,7 @@ def test_configs_of_half_a_billion():
         "dense": 0,
         "mod": 12 * (d + 1 + 2 * d + 1),
         "dtf": 7 * (4 + 2 * d + 1 + prior),
-        "stt": 12 * (4 + 2 * d + 1 + prior),
+        "stt": 7 * (4 + 2 * d + 1 + prior),
     }
     for architecture in ARCHITECTURES:
         keys, model_keys = configure("", [f"config/{architecture}_05b.py"], train.TrainConfig, ModelConfig)
