@@ -459,11 +459,15 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None
 
 
-def loss_memory(n: int, weight: torch.Tensor, dtype: torch.dtype, device: str) -> float:
-    """Estimated bytes that `head_loss` of n rows in `dtype` holds at its peak on a type of device, beside its inputs."""
+def loss_memory(n: int, weight: torch.Tensor, dtype: torch.dtype, device: str, taught: bool) -> float:
+    """Estimated bytes that `head_loss` of n rows in `dtype`, or `taught_loss`, holds at its peak on a type of device, beside
+    its inputs.
+    """
     rows, losses_and_gradient = _way(device, dtype, weight.size(0))
-    in_float32 = 2 * 4 if losses_and_gradient is _losses_and_gradient else 0  # probabilities, of logits that are copied
-    logits = min(n, rows) * weight.size(0) * (dtype.itemsize + in_float32)
+    # In float32: logits that are copied, and probabilities; with a teacher their logarithms, too.
+    copies = 4 if taught else 2
+    in_float32 = 4 * copies if losses_and_gradient is _losses_and_gradient else 0
+    logits = min(n, rows) * weight.size(0) * (dtype.itemsize * (1 + taught) + in_float32)
     of_weight = 4 * weight.numel() * (1 + (n > rows)) if weight.requires_grad else 0  # the sum, and what a chunk adds
     return n * weight.size(1) * dtype.itemsize + logits + of_weight
 

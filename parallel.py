@@ -168,5 +168,5 @@ def memory(model, cfg, ranks: int, micro_steps: int, dtype: torch.dtype, device:
         "gradients": gradients,
         "optimizer": OPTIMIZER_BYTES * trained * share,
         "activations": activations(model, cfg, dtype, device),
-        "loss": loss_memory(cfg.batch_size * cfg.seq_len, model.head_weight, dtype, device),
+        "loss": loss_memory(cfg.batch_size * cfg.seq_len, model.head_weight, dtype, device, bool(cfg.distill_from)),
     }

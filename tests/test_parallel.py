@@ -274,5 +274,8 @@ def test_memory_counts_what_a_gpu_repeats(monkeypatch):
     fused = estimate(torch.bfloat16, "cuda")["loss"]
     assert torchs == 8192 * 128 * 2 + 8192 * 1000 * (2 + 8) + 4 * 1000 * 128
     assert fused == 8192 * 128 * 2 + 4096 * 1000 * 2 + 2 * 4 * 1000 * 128
+    cfg.distill_from = "a teacher"
+    assert estimate(torch.bfloat16, "cuda")["loss"] == fused + 4096 * 1000 * 2
+    cfg.distill_from = ""
     model.requires_grad_(False)
     assert estimate(torch.bfloat16, "cuda")["loss"] == fused - 2 * 4 * 1000 * 128
