@@ -1,5 +1,4 @@
-"""Does the distance to dense close with more text? Arms of config/study_seeds.py, adapted for 512,000 tokens, not 204,800;
-the best of them, dense and removed blocks for a million.
+"""Does the distance to dense close with more text? Arms of config/study_seeds.py, adapted for 512,000 tokens, not 204,800.
 
     python study.py config/study_long.py --judge=held_out.txt --jobs=2
 
@@ -21,7 +20,5 @@ common = _shorter["common"] | {"max_steps": 500}
 judge_tokens = _shorter["judge_tokens"]
 _names = ("dense", "drop", "mod_eighth", "mod_fitted", "drop_distilled", "mod_eighth_distilled", "mod_fitted_distilled")
 arms = {name: _shorter["arms"][name] for name in _names}
-_best = ("dense", "drop_distilled", "mod_fitted_distilled")
-arms |= {f"{name}_million": arms[name] | {"max_steps": 976} for name in _best}
 seeds = [1]
 reference = "dense"
