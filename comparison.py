@@ -196,9 +196,10 @@ def write(document: dict, results: str):
     write_whole(results, head.replace('"runs": []', f'"runs": [\n {runs}\n]') + "\n")
 
 
-def report(document: dict, results: str, picture_path: str):
-    """Prints the tables of a document that is in `results`; writes them beside it as .md, and the picture."""
-    save_figure(picture(document), picture_path)
+def report(document: dict, results: str):
+    """Prints the tables of a document that is in `results`; writes them beside it as .md, and the picture as .png."""
+    stem = os.path.splitext(results)[0]
+    save_figure(picture(document), f"{stem}.png")
     tables = loss_table(document), cost_table(document)
     notes = f"""{len(document["runs"])} runs. Losses in nats per token: mean ± standard deviation over seeds. Differences are
 paired by seed, with their 95 % Student interval, each by itself: of the seeds, not of the text. n.s.: it holds zero.
@@ -217,12 +218,12 @@ FLOPs at inference are of the tokens that causal routing selects on validation t
     if document["axis"] == "training" and arms:
         notes += f"\nNo losses at equal time: speeds in training were not measured side by side of {', '.join(arms)}."
     parts = ["\n".join(markdown_table(table)) for table in tables]
-    parts += [notes, f"![losses]({os.path.relpath(picture_path, os.path.dirname(results) or '.')})\n"]
-    write_whole(os.path.splitext(results)[0] + ".md", "\n\n".join(parts))
+    parts += [notes, f"![losses]({os.path.basename(stem)}.png)\n"]
+    write_whole(f"{stem}.md", "\n\n".join(parts))
     for table in tables:
         print_table(table)
         print()
-    print(notes, results, picture_path, sep="\n")
+    print(notes, results, f"{stem}.png", sep="\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

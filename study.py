@@ -3,11 +3,12 @@
     python study.py config/study_scratch.py --jobs=2
     python study.py config/study_scratch.py --seeds=1,2,3 --only=dense,random    these arms now, the rest another day
     python study.py config/study_scratch.py --report             of what is finished, without running anything
+    python study.py config/study_scratch.py --results=docs/results/study_scratch.json     to what is published, the rest
 
-A study that was killed, or stopped by Ctrl-C or SIGTERM, goes on where it stopped: a finished run is never repeated, and
-what was measured is kept in the run's folder, and in the results: a run that stands there needs its folder no more, so that
-a study goes on on another machine. A run that fails is named with the last line of its log, the others go on; the exit
-status is then 1.
+A study that was killed, or stopped by Ctrl-C or SIGTERM, goes on where it stopped: a finished run is never repeated,
+whatever has become of the code since: an idea that has changed wants another --out_dir. What was measured is kept in the
+run's folder, and in the results: a run that stands there needs its folder no more, so that a study goes on on another
+machine. A run that fails is named with the last line of its log, the others go on; the exit status is then 1.
 """
 
 import fcntl
@@ -65,8 +66,9 @@ class StudyConfig:
     speed: bool = True  # measure speeds at the end, one model an arm
     checkpoints: bool = True  # keep the checkpoints of finished runs
     axis: Literal["training", "inference"] = "training"  # what the picture shows losses over
-    results: str = ""  # JSON file of everything, tables beside it as .md (empty: <out_dir>/results.json)
-    picture: str = ""  # PNG file (empty: <out_dir>/study.png)
+    results: str = (
+        ""  # JSON file of everything, tables (.md) and picture (.png) beside it (empty: <out_dir>/results.json)
+    )
     report: bool = False  # only report what is finished
 
     def asks(self, arm: str, seed: int) -> bool:
@@ -97,7 +99,6 @@ class StudyConfig:
         if found:
             raise ConfigError("; ".join(found))
         self.results = self.results or f"{self.out_dir}/results.json"
-        self.picture = self.picture or f"{self.out_dir}/study.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -519,7 +520,8 @@ def main(argv: list[str]):
     cfg = StudyConfig(**settings)
     missing = [text for text in cfg.judge if not os.path.exists(text)]
     if missing and not cfg.report:
-        raise ConfigError(f"judge={','.join(missing)} is not there: name text files or folders of tokens")
+        cure = "name text files or folders of tokens; the study's config says what prepares the latter"
+        raise ConfigError(f"judge={','.join(missing)} is not there: {cure}")
     runs = plan(cfg)
     refuse_changed(cfg, runs)
     failed = {} if cfg.report else execute(cfg, runs)
@@ -527,7 +529,7 @@ def main(argv: list[str]):
     if not cfg.report:
         measure(cfg, finished)
     if document := keep(cfg, finished):
-        comparison.report(document, cfg.results, cfg.picture)
+        comparison.report(document, cfg.results)
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     if missing := [run.name for run in runs if run not in finished]:

@@ -11,8 +11,6 @@ from runpy import run_path
 _smaller = run_path(str(Path(__file__).with_name("study_scratch.py")))
 
 out_dir = "out/study_5m"
-results = "docs/results/study_5m.json"
-picture = "docs/images/study_5m.png"
 axis = "training"
 
 configs = _smaller["configs"]

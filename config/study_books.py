@@ -10,8 +10,6 @@ from runpy import run_path
 _packages = run_path(str(Path(__file__).with_name("study_scratch.py")))
 
 out_dir = "out/study_books"
-results = "docs/results/study_books.json"
-picture = "docs/images/study_books.png"
 axis = "training"
 
 configs = _packages["configs"]

@@ -9,8 +9,6 @@ measured against. One seed screens; --seeds=1,2,3 for what is to be believed.
 """
 
 out_dir = "out/study_convert"
-results = "docs/results/study_convert.json"
-picture = "docs/images/study_convert.png"
 axis = "inference"
 checkpoints = False  # 1.6 GB each
 

@@ -11,8 +11,6 @@ from runpy import run_path
 _shorter = run_path(str(Path(__file__).with_name("study_seeds.py")))
 
 out_dir = "out/study_long"
-results = "docs/results/study_long.json"
-picture = "docs/images/study_long.png"
 axis = "inference"
 checkpoints = False
 

@@ -11,8 +11,6 @@ from runpy import run_path
 _shorter = run_path(str(Path(__file__).with_name("study_seeds.py")))
 
 out_dir = "out/study_million"
-results = "docs/results/study_million.json"
-picture = "docs/images/study_million.png"
 axis = "inference"
 checkpoints = False
 

@@ -7,8 +7,6 @@ neighbours is better.
 """
 
 out_dir = "out/study_rates"
-results = "docs/results/study_rates.json"
-picture = "docs/images/study_rates.png"
 axis = "training"
 
 configs = ["config/demo.py"]

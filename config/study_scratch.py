@@ -8,8 +8,6 @@
 """
 
 out_dir = "out/study_scratch"
-results = "docs/results/study_scratch.json"
-picture = "docs/images/study_scratch.png"
 axis = "training"
 
 configs = ["config/demo.py"]

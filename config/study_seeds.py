@@ -15,8 +15,6 @@ from runpy import run_path
 _screening = run_path(str(Path(__file__).with_name("study_convert.py")))
 
 out_dir = "out/study_seeds"
-results = "docs/results/study_seeds.json"
-picture = "docs/images/study_seeds.png"
 axis = "inference"
 checkpoints = False
 

@@ -28,7 +28,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 RUN = {"seq_len": 32, "batch_size": 4, "log_interval": 10, "save_interval": 20, "num_key_value_heads": 1}
 RUN |= {"eval_interval": 20, "eval_batches": 2, "device": "cpu", "flops": 1.5e9, "min_lr_ratio": 0.1}
 CONFIG = """
-out_dir, configs, results, picture = {folder!r} + "/runs", [{folder!r} + "/base.py"], {folder!r} + "/r.json", {folder!r} + "/p.png"
+out_dir, configs, results = {folder!r} + "/runs", [{folder!r} + "/base.py"], {folder!r} + "/r.json"
 common = {common}
 arms = {{"dense": {{}}, "half": {{"architecture": "dtf"}}, "broken": {{"eval_tasks": "no_such_task"}}}}
 seeds, judge, judge_tokens, jobs = [1, 2], [{folder!r} + "/data"], 320, 2
@@ -148,7 +148,7 @@ def test_a_report_needs_no_data_and_what_all_arms_lack_is_said_once(folder, fini
     assert run(folder, "--report") == 0
     (tmp_path / "r.json").write_text((folder / "r.json").read_text().replace(str(folder / "data"), "gone"))
     settings = str(RUN | SHAPE | {"data_dir": "gone"})
-    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json"]
     assert run(folder, *elsewhere, "--report", "--common", settings) == 0
     assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 4
     with pytest.raises(ConfigError, match="arm dense, half.*: gone is no data folder"):
@@ -180,7 +180,7 @@ def test_the_report_has_losses_costs_and_a_picture(folder, finished, capsys):
     for measure in comparison.SPEEDS:
         assert document["speeds"]["dense"][measure]["ratio"] == 1
         assert document["speeds"]["half"][measure]["tokens_per_s"] > 0
-    assert (folder / "p.png").read_bytes()[1:4] == b"PNG" and "![losses](p.png)" in markdown
+    assert (folder / "r.png").read_bytes()[1:4] == b"PNG" and "![losses](r.png)" in markdown
     first = document["runs"][0]
     assert first["curve"][-1]["causal"] == first["losses"]["validation"]["causal"]
     assert first["command"].startswith("train.py ") and first["git"] and first["data"]
@@ -194,7 +194,7 @@ def test_another_machine_goes_on_from_the_results(folder, finished, tmp_path, ca
     before = json.loads((folder / "r.json").read_text())
     kept = before | {"runs": [each for each in before["runs"] if (each["arm"], each["seed"]) != ("half", 2)]}
     (tmp_path / "r.json").write_text(json.dumps(kept))
-    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json"]
     assert run(folder, *elsewhere, "--speed=false") == 1  # broken is broken here too
     assert (
         sorted(path.name for path in (tmp_path / "runs").glob("*/final_model/.."))
@@ -261,12 +261,12 @@ def test_diverged_runs_are_named_and_the_others_reported(axis, folder, finished,
         for each in runs:
             if f"{each['arm']}-{each['seed']}" in diverged:
                 each |= {"losses": {}, "curve": []}
-        comparison.report(document | {"runs": runs}, f"{tmp_path}/r.json", f"{tmp_path}/p.png")
+        comparison.report(document | {"runs": runs}, f"{tmp_path}/r.json")
         assert f"Diverged, and in no mean: {', '.join(diverged)}." in (tmp_path / "r.md").read_text()
 
 
 def test_only_the_named_arms_are_run(folder, tmp_path):
-    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json"]
     (settings,) = study.configure("", [str(folder / "study.py"), *elsewhere, "--only=half"], study.StudyConfig)
     assert [run.name for run in study.plan(study.StudyConfig(**settings))] == ["half-1", "half-2"]
 
@@ -321,19 +321,19 @@ def test_a_timed_step_is_a_step_of_the_run(monkeypatch):
 def test_runs_that_diverged_or_lost_their_files(folder, finished, tmp_path, capsys):
     """The first has no loss at the end, the second is what the results know, or left out."""
     shutil.copytree(folder / "runs", tmp_path / "out")
-    keys = [f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results.json'}", "--picture=", "--report"]
+    keys = [f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results.json'}", "--report"]
     for name, change in (("dense-1", "null"), ("half-1", None)):
         metrics = tmp_path / "out" / name / "metrics.jsonl"
         *lines, last = metrics.read_text().splitlines()
         last = json.loads(last) | {"val/loss": None, "val/loss_causal": None}
         metrics.write_text("\n".join([*lines, json.dumps(last), ""]) if change else "")
-    run(folder, *keys, f"--picture={tmp_path / 'picture.png'}")
+    run(folder, *keys)
     found = {f"{run['arm']}-{run['seed']}": run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
     assert "validation" not in found["dense-1"]["losses"] and found["dense-1"]["tokens"] > 0
     assert "half-1" not in found and "has lost its metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "out" / "dense-1" / "study.json").write_text("{")
     with pytest.raises(ConfigError, match=r"study.json is damaged: .*; remove it"):
-        study.main([str(folder / "study.py"), *keys, f"--picture={tmp_path / 'picture.png'}"])
+        study.main([str(folder / "study.py"), *keys])
 
 
 def test_speeds_follow_the_reference(folder, finished, tmp_path):
@@ -353,7 +353,7 @@ def test_speeds_follow_the_reference(folder, finished, tmp_path):
         "speeds": before["speeds"] | {"lost": before["speeds"]["half"]},
     }
     (tmp_path / "r.json").write_text(json.dumps(document))
-    elsewhere = [f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--results={tmp_path}/r.json"]
     assert run(folder, "--report", *elsewhere) == 0
     after = json.loads((tmp_path / "r.json").read_text())
     assert after["speeds"] == document["speeds"] and len(after["runs"]) == 5
@@ -365,7 +365,7 @@ def test_times_are_compared_where_they_were_measured_side_by_side(folder, finish
     capsys.readouterr()
     before = json.loads((folder / "r.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps(before | {"speeds": {}, "measured_on": {}}))
-    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json"]
     assert run(folder, *elsewhere, "--report") == 0
     printed = capsys.readouterr().out
     assert "side by side of dense, half." in printed and "validation at " not in printed
@@ -402,7 +402,7 @@ def test_a_run_that_cannot_be_counted_fails_alone_and_is_not_called_finished(fol
     for run_ in ("dense-1", "half-2"):
         (tmp_path / "runs" / run_ / "costs.json").unlink()
     (tmp_path / "runs" / "half-2" / "final_model" / "config.json").write_text("{")
-    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]
+    elsewhere = [f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/r.json"]
     assert run(folder, *elsewhere, "--speed=false", "--only=dense,half") == 1
     assert "half-2 failed: ModelError: " in capsys.readouterr().err
     known = json.loads((tmp_path / "r.json").read_text())["runs"]
