@@ -30,7 +30,7 @@ common = {
 judge_tokens = 4_096
 
 # What removing each block costs on training text orders them: 17, 14, 4, 5, 12, 13, 3, 25, 18, 19, 7, 16, 26, 22, 15, …
-_eighth = [3, 4, 5, 12, 13, 14, 17, 25]  # the 8 cheapest: at 0.125 a quarter of all FLOPs
+_eighth = [3, 4, 5, 12, 13, 14, 17, 25]  # the 8 cheapest: at 0.125 a quarter of the blocks' FLOPs
 _half = [3, 4, 5, 7, 12, 13, 14, 15, 16, 17, 18, 19, 22, 25, 26]  # the 15 cheapest: at 0.5
 _alternate = [3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27]  # as the papers, but for the first and the last: at 0.4
 _mlp = [3, 4, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 25, 26]  # the 20 cheapest: their MLPs at 0.5
