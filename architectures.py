@@ -274,7 +274,7 @@ class FittedBlock(RoutedBlock):
 
 
 class ControlBlock(RoutedBlock):
-    """Runs on the same positions of every text, whatever it says: at random, by a fixed hash, or evenly. No parameters."""
+    """Runs on the same positions of every text, whatever it says: at random, by a fixed hash, or evenly. No router to train."""
 
     def choose(self, x, ctx, below, notes):
         router, (B, T, _) = self.config.router, x.shape
@@ -284,10 +284,10 @@ class ControlBlock(RoutedBlock):
         )  # of (T), or (B, 1) in a step
         if self.calibrating is not None:
             self.move_border(self.capacity * routers.GROUP - self.offset - rank)
-        cut = self.capacity * routers.GROUP - self.offset
-        indices = None
+        # Whole, as ranks are: host and device, which compare in other formats, must find the same ones below it.
+        cut, indices = math.ceil(round(self.capacity * routers.GROUP - self.offset, 3)), None
         if ctx.mode == "packed" and ctx.lengths is None:
-            count = routers.control_count(router, self.index, T, cut / routers.GROUP)
+            count = routers.control_count(router, self.index, T, cut)
             indices = routers.selected_first(rank[:1] < cut)[:, :count].expand(B, -1)  # ascending
         notes.decision = Decision(rank < cut, f"{router} control", -rank.float(), -cut, indices)
         self.real(notes.decision, ctx, notes)

@@ -87,6 +87,8 @@ class BenchConfig:
             wrong.append(f"stride={self.stride} must lie between 1 and seq_len={self.seq_len}")
         if not self.model_path and any(task not in ("speed", "flops") for task in self.tasks):
             wrong.append(f"tasks={','.join(self.tasks)} needs a trained model: --model_path=…")
+        if not self.tasks:
+            wrong.append("tasks is empty: name one, such as speed or perplexity")
         if "code" in self.tasks and not self.allow_code_execution:
             wrong.append("tasks=code runs programs that the model wrote: allow it with --allow_code_execution")
         if wrong:

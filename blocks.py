@@ -96,7 +96,9 @@ class Decision:
 
     @property
     def margin(self) -> torch.Tensor:
-        """By how much each value lies above what decides, (B, T): above 0 the token runs, of the k best from 0 on."""
+        """By how much each value lies above what decides, (B, T): above 0 the token runs, of the k best from 0 on; padding, and
+        what an average threshold has no room for, does not.
+        """
         if self.cut is not None:
             return self.value - self.cut
         return self.value - routers.lowest(self.value, self.mask)
@@ -501,7 +503,7 @@ class RoutedBlock(Block):
         """
         threshold = ctx.thresholds[self.index]
         cut = torch.where(threshold.isnan(), kth_score, threshold)
-        room = [math.ceil(min(n, 1.25 * self.capacity * n)) for n in ctx.lengths or [score.size(1)]]
+        room = [self.room(n, self.capacity) for n in ctx.lengths or [score.size(1)]]
         passing, indices, valid = score > cut, None, None
         if ctx.lengths is None:  # all of one width, which the host knows: nothing is read back
             mask = passing & (passing.cumsum(1) <= room[0])
@@ -671,9 +673,12 @@ class RoutedBlock(Block):
 
     @torch.no_grad()
     def update_threshold(self, kth_score: torch.Tensor):
-        """Exponential moving average (0.99) of the k-th highest score, from the first value seen."""
+        """Exponential moving average (0.99) of the k-th highest score, from the first value seen.
+
+        In a tensor of its own: the backward pass may compute anew from the one before.
+        """
         average = torch.lerp(kth_score, self.threshold, 0.99)
-        self.threshold.copy_(torch.where(self.threshold.isnan(), kth_score, average))
+        self.threshold = torch.where(self.threshold.isnan(), kth_score, average)
 
     @torch.no_grad()
     def move_border(self, margin: torch.Tensor):
@@ -686,8 +691,14 @@ class RoutedBlock(Block):
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
+    def room(self, T: int, capacity: float) -> int:
+        """How many of T tokens a training step runs."""
+        if self.config.selection == "threshold":
+            return math.ceil(min(T, 1.25 * capacity * T))
+        return routers.capacity_k(capacity, T)
+
     def flops(self, T, capacity, training, input_grad):
-        k = routers.capacity_k(capacity, T) if capacity > 0 else 0
+        k = (self.room if training else routers.capacity_k)(T, capacity) if capacity > 0 else 0
         attending = k if self.config.routed_part == "block" else T
         costs = [self.block_flops(k, input_grad, attending, k if self.config.compact_cache else T)]
         if not self.config.by_position and (training or self.config.causal_decision == "router"):
@@ -707,16 +718,15 @@ class RoutedBlock(Block):
         return nbytes(self) - routed * (1 - ran[self.index]) - unread
 
     def activations(self, p):
-        cfg, d = self.config, self.config.hidden_size
+        cfg, d, k = self.config, self.config.hidden_size, self.room(p.seq_len, self.capacity)
         of_all = p.residual * d  # what routers read
         routed = self.mlp_activations(p) + p.residual * d + 8 * d  # the gated update; the indices
         if cfg.routed_part == "mlp":
             of_all += self.attention_activations(p, p.seq_len)
         else:
-            k = routers.capacity_k(self.capacity, p.seq_len)
             routed += self.attention_activations(p, k if cfg.compact_cache else 0)
             if not cfg.compact_cache:  # keys and values
                 of_all += p.residual * d + p.product * (d + self.keys_width(p, masked=True))
         if cfg.skip != "identity":
             of_all += self.skip.activations(p)
-        return of_all + self.capacity * routed
+        return of_all + k / p.seq_len * routed

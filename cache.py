@@ -1,6 +1,7 @@
 """The KV cache of generation: one that grows with what routed layers select, and one of fixed size for compiled steps.
 
-B rows, n_kv key and value heads, hd head size. A routed layer holds keys and values of the tokens that ran in it only.
+B rows, n_kv key and value heads, hd head size. A routed layer holds keys and values of the tokens that ran in it
+only, unless kv="all" or routed_part="mlp".
 """
 
 import torch

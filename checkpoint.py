@@ -33,8 +33,8 @@ import torch
 
 import lora
 import publish
-from configurator import ConfigError, cli, configure
-from errors import CheckpointError
+from configurator import cli, configure
+from errors import CheckpointError, ConfigError
 from files import append_lines, flush, folder_written_whole, sha256, write_whole
 from model import ModelConfig, Transformer
 from parallel import of_all, rank
@@ -150,7 +150,7 @@ def drop_old(out_dir, keep_last):
     losses = {}
     for step in steps(out_dir):
         try:
-            losses[step] = read_state(step)["val_loss"]
+            losses[step] = read_state(step).get("val_loss")
         except CheckpointError:
             losses[step] = None
     best = min((step for step in losses if losses[step] is not None), key=losses.get, default=None)

@@ -65,6 +65,7 @@ Amount = Annotated[int, Range(0)]  # a count, or 0 for none
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 
 def problems(cfg) -> list[str]:
@@ -136,7 +137,7 @@ def convert_items(value, want, text):
     if text and value[:1] in ("[", "("):
         value, text = literal(value), False
     elif text:
-        value = [item.strip() for item in value.split(",")] if value else []
+        value = [item.strip() for item in value.split(",") if item.strip()]
     items = value if isinstance(value, list | tuple) else [value]
     types_of_items = args if kind is tuple else args * len(items)
     if len(types_of_items) != len(items):

@@ -111,7 +111,7 @@ def micro_batches(settings: dict) -> int:
 
 def training_steps(model, settings: dict, x, y, context):
     """A call that does what steps of the run did, one at each capacity, on one and the same micro-batch and at rate 0: the
-    weights stay as they are.
+    weights stay as they are, and average thresholds.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     parent, trained = settings.get("distill_from"), model.config.capacity
@@ -119,6 +119,7 @@ def training_steps(model, settings: dict, x, y, context):
     teacher = Transformer.from_pretrained(parent, dtype=dtype).to(x.device).requires_grad_(False) if parent else None
 
     def steps():
+        buffers = [buffer.clone() for buffer in model.buffers()]
         model.train()
         for capacity in choices(settings):
             if capacity is not None:
@@ -131,5 +132,7 @@ def training_steps(model, settings: dict, x, y, context):
             optimizer.zero_grad(set_to_none=True)
         if model.routed:
             model.set_capacity(trained)
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     return steps

@@ -7,7 +7,7 @@
 
 The files of a source are one long row of tokens, cut into blocks of `seq_len` (and one more token: the last target).
 Sequence n of the endless training stream is a pure function of (seed, n), so it is the same whatever the number of
-ranks, the micro-batch or the restarts. Nothing in memory grows with the corpus.
+ranks, the micro-batch or the restarts. Memory does not grow with the training text.
 
     python data.py verify DIR               compare every file with its SHA-256 in the manifest
     python data.py show DIR --sequence=4096-4099 --seq_len=256 --seed=42     the text of these sequences of training: what
@@ -235,7 +235,7 @@ def show(data_dir, cfg):
     """Print the text of sequences of the training stream, each under its number and source. Raises DataError."""
     from tokenizers import Tokenizer
 
-    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", cfg.sequence)
+    numbers = re.fullmatch(r"(\d{1,15})(?:-(\d{1,15}))?", cfg.sequence)
     if not numbers or cfg.seq_len < 1 or int(numbers[2] or numbers[1]) < int(numbers[1]):
         raise DataError(f"sequence={cfg.sequence!r}, seq_len={cfg.seq_len}: N or N-M, and at least 1 token")
     data = TokenData(data_dir, "train", cfg.seq_len, cfg.seed)

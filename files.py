@@ -73,10 +73,12 @@ def folder_written_whole(path):
         yield partial
         for file in [*partial.iterdir(), partial]:
             flush(file)
+        old = path.with_name(path.name + ".old")
         if path.exists():
-            shutil.rmtree(path)  # rename() replaces no directory that holds files
+            path.rename(old)  # rename() replaces no directory that holds files
         partial.rename(path)
         flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as e:  # what os, torch.save and safetensors say to a full disk
         free = shutil.disk_usage(path.parent).free / 1e6  # torch does not say that it is the disk
         raise CheckpointError(f"cannot write {path}: {e} ({free:.1f} MB free)") from e

@@ -240,7 +240,7 @@ def evaluate(cfg, model, tokenizer, manager, tasks: dict, path: str, document: d
             confirm_run_unsafe_code=cfg.allow_code_execution,
         )
         results = {key: results[key] | new.get(key, {}) for key in KEYS}
-        settings["done"].append([name, shots])
+        settings["done"] = [done for done in settings["done"] if done[0] != name] + [[name, shots]]
         if rank() == 0:
             write_whole(path, document | {"evaluation": settings} | results)
     if results["results"]:

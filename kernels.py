@@ -1,4 +1,5 @@
-"""What PyTorch leaves slow: the linear layer and the heap on a CPU, and the loss over a large vocabulary.
+"""What PyTorch leaves slow: the linear layer, attention and the heap on a CPU, the loss over a large vocabulary, and on a GPU
+the products of a decoding step.
 
 Plain tensors in and out, with gradients; this file knows no model. What each gains is in docs/LOG.md.
 """

@@ -54,9 +54,9 @@ def cached(model: Transformer, ids: torch.Tensor) -> tuple[dict[int, float], flo
 
 
 @torch.no_grad()
-def calibrate(model: Transformer, ids: torch.Tensor, capacity: float):
+def calibrate(model: Transformer, ids: torch.Tensor, capacity):
     """Moves the causal decision of every routed layer, its `offset`, so that of the tokens of ids (B, T) it selects the share
-    that is its own of `capacity`.
+    that is its own of `capacity`, a float or one for each.
 
     In one pass over all of them, since what a layer selects changes what the next one reads.
     """

@@ -65,7 +65,8 @@ class Metrics:
     def start_clock(self):
         hidden = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.cfg.max_steps, initial=self.progress.step, unit="step", disable=hidden)
-        self.logged, self.clock, self.waited = self.progress.step, time.perf_counter(), 0.0
+        self.logged, self.flops = self.progress.step, self.progress.flops
+        self.clock, self.waited = time.perf_counter(), 0.0
 
     def wait(self, stream):
         """The next batch of the stream; the time that it takes is counted as waiting for data."""
@@ -94,7 +95,7 @@ class Metrics:
             rows.clear()
         rows.append(row)
 
-    def read(self, rates: dict[str, float], flops_per_token: float) -> dict:
+    def read(self, rates: dict[str, float]) -> dict:
         """The metrics since the last call, as means over good steps; waits for the device. Every rank calls it."""
         progress = self.progress
         table = all_reduce(torch.stack(progress.rows)) / world()  # (steps, numbers)
@@ -119,9 +120,9 @@ class Metrics:
         metrics |= {f"lr/{kind}": rate for kind, rate in rates.items()}
         metrics |= {"bad_steps": progress.bad_steps, "tokens_per_s": tokens_per_s, "data_wait": self.waited / seconds}
         if self.peak:
-            metrics["mfu"] = tokens_per_s * flops_per_token / (self.peak * world())
+            metrics["mfu"] = (progress.flops - self.flops) / (seconds * self.peak * world())
         self.tell(metrics)
-        self.logged, self.clock, self.waited = progress.step, now, 0.0
+        self.logged, self.flops, self.clock, self.waited = progress.step, progress.flops, now, 0.0
         return metrics
 
     def means(self, table: list[list[float]]) -> dict[str, float]:

@@ -142,7 +142,12 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
             found.append(f"causal_decision='threshold' needs a score, and router={self.router!r} has none")
         if self.selection == "threshold" and self.causal_decision != "threshold":
             found.append("selection='threshold' needs causal_decision='threshold': it is the same decision")
-        if self.kind.scores_causally is False and self.stt_output == "dense" and self.skip != "identity":
+        if (
+            self.kind.scores_causally is False
+            and self.stt_output == "dense"
+            and self.skip != "identity"
+            and self.router == "learned"
+        ):
             found.append(f"stt_output='dense' never skips in training: skip={self.skip!r} would learn nothing")
         found += self.layer_conflicts()
         if isinstance(self.capacity, list | tuple) and len(self.capacity) != len(self.routed_layers):
@@ -153,9 +158,14 @@ class ModelConfig(*dict.fromkeys(kind.Settings for kind in ARCHITECTURES.values(
             if str(self.capacity) not in self.calibrated:
                 known = ", ".join(self.calibrated)
                 found.append(f"capacity={self.capacity} is not calibrated, {known} are: name one of them")
-            elif any(len(offsets) != len(self.routed_layers) for offsets in self.calibrated.values()):
+            elif not all(self.are_offsets(each) for each in self.calibrated.values()):
                 found.append(f"calibrated needs an offset for each of {len(self.routed_layers)} routed layers")
         return found
+
+    def are_offsets(self, given) -> bool:
+        """Whether it is a list of a number for each routed layer."""
+        whole = isinstance(given, list) and len(given) == len(self.routed_layers)
+        return whole and all(isinstance(offset, float) and math.isfinite(offset) for offset in given)
 
     def layer_conflicts(self) -> list[str]:
         layers = self.routed_layers
@@ -286,7 +296,7 @@ class Trunk(nn.Module):
             mode, positions = "step", torch.tensor(cache.lengths, device=input_ids.device)[:, None]  # (B, 1)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         by_threshold = self.layers if self.config.selection == "threshold" else []
-        thresholds = {layer.index: layer.threshold.clone() for layer in by_threshold if isinstance(layer, RoutedBlock)}
+        thresholds = {layer.index: layer.threshold for layer in by_threshold if isinstance(layer, RoutedBlock)}
         ctx = Context(mode, routing, positions, rope, lengths, cache, thresholds)
         x, notes = self.embed_tokens(input_ids), [Notes()]  # (B, T, d)
         for layer in self.layers:
@@ -423,6 +433,8 @@ class Transformer(Generation, nn.Module):
         Raises ModelError for a sequence beyond max_position_embeddings, an empty one, or an unknown routing.
         """
         lengths = self.checked(input_ids, routing, lengths, cache)
+        if targets is not None and cache is not None:
+            raise ModelError("a KV cache keeps the newest token's logits alone: targets go without one")
         plain = routing == "causal" or lengths is not None
         trunk = self.model if self.compiled is None or plain else self.compiled
         hidden, notes = trunk(input_ids, routing, lengths, cache)

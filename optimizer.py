@@ -72,8 +72,8 @@ class LossScale:
     """Loss scaling (Micikevicius et al. 2018, section 3.2), where products are in float16: small gradients would vanish.
 
     The loss is multiplied by `value` before the backward pass, gradients are divided by it afterwards. It halves when they
-    overflow and doubles after INTERVAL steps without, as torch's GradScaler does; here `bad` is what all ranks have agreed on,
-    of sharded gradients too, and nothing is read by the host.
+    overflow and doubles after INTERVAL steps without, as torch's GradScaler does; here `adapt` is told what all ranks have
+    agreed on, of sharded gradients too, so that they keep one scale, and nothing is read by the host.
     """
 
     FIRST, INTERVAL = 2.0**16, 2000
@@ -100,10 +100,9 @@ class LossScale:
     def adapt(self, bad: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """What kind of step it was, a scalar: 0 for a good one, 1 for a bad one, 2 for one whose gradients overflowed.
 
-        bad: 1 where the loss or the gradient is not finite. At a scale of 1 that is no overflow of ours.
+        bad: 1 where the loss or the gradient is not finite, on any rank; loss: the sum over ranks. At a scale of 1 that is no
+        overflow of ours.
         """
-        if not self.on:
-            return bad
         overflow = (bad > 0) & torch.isfinite(loss) & (self.value > 1)
         good = torch.where(bad > 0, 0.0, self.good + 1)
         self.value = torch.where(

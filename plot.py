@@ -175,9 +175,17 @@ count, percent = "{:,.0f}".format, "{:.1%}".format
 TOPK_LOSS, CAUSAL_LOSS = "validation loss, top-k routing", "validation loss, causal routing"
 
 
-def final_losses(of_seeds: dict[int, dict], metric: str = "val/loss_causal", place: int = -1) -> dict[int, float]:
+def final_losses(of_seeds: dict[int, dict], metric: str = "val/loss_causal") -> dict[int, float]:
     """{seed: a loss that its run logged, the last one} from {seed: metrics}; without seeds that logged none."""
-    return {seed: metrics[metric][1][place] for seed, metrics in of_seeds.items() if metric in metrics}
+    return {seed: metrics[metric][1][-1] for seed, metrics in of_seeds.items() if metric in metrics}
+
+
+def first_losses(of_seeds: dict[int, dict]) -> dict[int, float]:
+    """{seed: the validation loss before the first step}; without runs that go on from elsewhere."""
+    logged = {
+        seed: zip(*metrics["val/loss"], strict=True) for seed, metrics in of_seeds.items() if "val/loss" in metrics
+    }
+    return {seed: loss for seed, points in logged.items() for step, loss in points if step == 0}
 
 
 def quantities(model, of_seeds: dict[int, dict], ids: torch.Tensor, decoding: float) -> dict[str, tuple]:
@@ -196,7 +204,7 @@ def quantities(model, of_seeds: dict[int, dict], ids: torch.Tensor, decoding: fl
         "training, tokens/s": (count, statistics.median(logged.get("tokens_per_s", [math.nan]))),
         "decoding, tokens/s": (count, decoding),
         "KV cache, bytes per token": (count, cache_bytes),
-        "validation loss, before training": (spread, final_losses(of_seeds, "val/loss", 0)),
+        "validation loss, before training": (spread, first_losses(of_seeds)),
         TOPK_LOSS: (spread, final_losses(of_seeds, "val/loss")),
         CAUSAL_LOSS: (spread, final_losses(of_seeds)),
         "causal router, accuracy": (percent, last.get("causal_accuracy", math.nan)),

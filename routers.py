@@ -142,19 +142,19 @@ def inverse_softplus(value: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Controls: the same tokens whatever they say, by position alone. In whole numbers: every device says the same
 
-GROUP = 64  # positions among which a control selects its exact share
+GROUP = 64  # positions among which a control selects its share, rounded up
 
 
 def hashed(layer: int, positions):
     """A fixed hash of (layer, position), tensor or numpy array: int64 → int64 below 2^31."""
     x = positions * 0x9E3779B1 + layer * 0x85EBCA77 + 0x165667B1
     for _ in range(3):
-        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF  # a product stays below 2^62
+        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF  # of a product that overflows the low bits are right
     return x
 
 
 def control_rank(router: str, layer: int, positions, group):
-    """0 … GROUP − 1 for each position within its group of 64: those below γ · 64 run. (…) int64 → (…) int64.
+    """0 … GROUP − 1 for each position within its group of 64: those below ⌈64γ⌉ run. (…) int64 → (…) int64.
 
     "random": by a fixed hash of layer and position. "positional": evenly spaced, by the bits of the position reversed.
     positions, group: tensors or numpy arrays; group counts from 0 to 63.
@@ -167,10 +167,9 @@ def control_rank(router: str, layer: int, positions, group):
 
 
 @constant_to_compiler
-def control_count(router: str, layer: int, T: int, capacity: float) -> int:
-    """How many of the positions below T run, found on the host: no shape waits for the device."""
-    rank = control_rank(router, layer, np.arange(T), np.arange(GROUP))
-    return int((rank < capacity * GROUP).sum())
+def control_count(router: str, layer: int, T: int, cut: int) -> int:
+    """How many of the positions below T have a rank below `cut`, found on the host: no shape waits for the device."""
+    return int((control_rank(router, layer, np.arange(T), np.arange(GROUP)) < cut).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

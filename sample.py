@@ -24,7 +24,7 @@ from typing import Annotated
 
 import torch
 
-from configurator import Amount, Count, NonNegative, Range, cli, configure, problems
+from configurator import Amount, Count, NonNegative, Range, Seed, cli, configure, problems
 from device import Dtype, pick_device
 from errors import ConfigError
 from figures import routing_map, save_figure
@@ -60,7 +60,7 @@ class SampleConfig:
     top_k: Amount = 50  # draw from the k most probable tokens only; 0: from all
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # draw from the likeliest that reach it together; 1: all
     num_samples: Count = 1  # continuations, generated as one batch
-    seed: int = 42  # of the draws; the same seed gives the same text
+    seed: Seed = 42  # of the draws; the same seed gives the same text
     capacity: Capacity | None = None  # which, of a model of many capacities (unset: the one that it was saved with)
     show_routing: bool = False  # colour each token by the routed blocks it entered, and save a token × layer map
     png: str = "out/routing.png"  # where that map goes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from configurator import Amount, Count, NonNegative, Positive, Range, Share, problems
+from configurator import Amount, Count, NonNegative, Positive, Range, Seed, Share, problems
 from device import Dtype
 from errors import ConfigError
 from model import Capacity
@@ -40,7 +40,7 @@ class TrainConfig:
     lr_lora: Rate = 1e-4  # rate of LoRA adapters
     min_lr_ratio: Share = 0.1  # where the cosine decay ends, as a share of the rate
     warmup_ratio: Share = 0.01  # share of the steps with linear warm-up
-    weight_decay: NonNegative = 0.01  # of matrices only
+    weight_decay: Rate = 0.01  # of matrices only
     grad_clip: NonNegative = 1.0  # largest norm of the gradient (0: no clipping)
     capacity_start: float | None = None  # anneal the capacity from here in 8 stairs (unset: no annealing)
     capacity_anneal_steps: Amount = 0  # steps until the annealed capacity reaches its value
@@ -53,7 +53,7 @@ class TrainConfig:
     lora_merge: bool = False  # final_model is a plain model, the adapters added to its weights
     max_bad_steps: Count = 10  # end the run after so many steps in a row without a finite loss and gradient
 
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 42  # of initial weights and of the order of the data
+    seed: Seed = 42  # of initial weights and of the order of the data
     device: str = "auto"  # auto, cuda, mps, cpu
     dtype: Dtype = "auto"  # of products, over float32 weights; auto: the fastest here (device.py)
     compile: bool | Literal["auto"] = "auto"  # torch.compile, kept in TORCHINDUCTOR_CACHE_DIR; auto: on CUDA
@@ -63,6 +63,7 @@ class TrainConfig:
 
     push_to_hub: str = ""  # user/name: upload final_model to the hub at the end (a new repository is private)
     eval_tasks: list[str] = field(default_factory=list)  # for bench.py on final_model at the end: general,math
+    allow_code_execution: bool = False  # eval_tasks=code runs programs that the model wrote
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: into out_dir only)
     wandb_project: str = "nanodtf"  # W&B project
     wandb_entity: str = ""  # W&B user or team (empty: your default)

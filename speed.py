@@ -37,7 +37,12 @@ SLOWER = 1.05  # times what it was in a baseline
 def variant(shape: ModelConfig, architecture: str, **changes) -> ModelConfig:
     """`shape` as another architecture; what only routed layers have, one without them drops."""
     if architecture not in ROUTED:
-        changes |= {"capacity": ModelConfig.capacity, "router": ModelConfig.router, "calibrated": None}
+        changes |= {
+            "capacity": ModelConfig.capacity,
+            "router": ModelConfig.router,
+            "calibrated": None,
+            "allotment": None,
+        }
     return replace(shape, architecture=architecture, **changes)
 
 
@@ -263,7 +268,7 @@ def prepare_inference(suite: Suite, dtype) -> dict[str, float]:
         model.to_dtype(dtype).eval()
     text = suite.random_ids(max(1, 8192 // T), T)
     for name, model in suite.models.items():
-        calibrate(model, text, np.mean(model.config.capacity))
+        calibrate(model, text, model.config.capacity)
         selected, suite.memory[name]["kv_bytes_per_token"] = cached(model, suite.x)
         suite.memory[name]["causal_capacity"] = statistics.mean(selected.values()) if selected else 1.0
         flops[name] = model.flops_per_token(T, capacity=list(selected.values())) * suite.x.numel()

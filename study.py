@@ -66,9 +66,7 @@ class StudyConfig:
     speed: bool = True  # measure speeds at the end, one model an arm
     checkpoints: bool = True  # keep the checkpoints of finished runs
     axis: Literal["training", "inference"] = "training"  # what the picture shows losses over
-    results: str = (
-        ""  # JSON file of everything, tables (.md) and picture (.png) beside it (empty: <out_dir>/results.json)
-    )
+    results: str = ""  # .json of everything, .md and .png beside it (empty: <out_dir>/results.json)
     report: bool = False  # only report what is finished
 
     def asks(self, arm: str, seed: int) -> bool:
@@ -96,9 +94,11 @@ class StudyConfig:
             found.append(f"judge={','.join(self.judge)}: the last part of each name must be its own")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             found.append(f"seeds={self.seeds} must be different, and at least one")
+        self.results = self.results or f"{self.out_dir}/results.json"
+        if not self.results.endswith(".json"):
+            found.append(f"results={self.results} must end in .json: tables and picture have their own endings")
         if found:
             raise ConfigError("; ".join(found))
-        self.results = self.results or f"{self.out_dir}/results.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,10 @@ class Run:
         with open(path, "rb") as f:
             skipped = max(0, path.stat().st_size - size) if size else 0
             f.seek(skipped)
-            return [json.loads(line) for line in f.read().split(b"\n")[bool(skipped) : -1]]
+            try:
+                return [json.loads(line) for line in f.read().split(b"\n")[bool(skipped) : -1]]
+            except ValueError as e:
+                raise ConfigError(f"{path} is damaged: {first_line(e)}; remove {self.folder}, or mend it") from None
 
 
 def plan(cfg: StudyConfig) -> list[Run]:
@@ -180,8 +183,12 @@ def plan(cfg: StudyConfig) -> list[Run]:
 def reported(cfg: StudyConfig) -> dict:
     """The document of the last report, empty before the first. Raises ConfigError."""
     try:
-        return json.loads(Path(cfg.results).read_text()) if os.path.exists(cfg.results) else {}
-    except ValueError as e:
+        document = json.loads(Path(cfg.results).read_text()) if os.path.exists(cfg.results) else {}
+        runs = document["runs"] if document != {} else []
+        if not all({"arm", "seed", "settings", "losses", "curve"} <= run.keys() for run in runs):
+            raise ValueError("its runs are not those of a study")
+        return document
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ConfigError(f"results={cfg.results} is damaged: {first_line(e)}; remove it, or put it back") from None
 
 

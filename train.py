@@ -49,7 +49,7 @@ from device import (
     set_random_state,
     synchronize,
 )
-from errors import CheckpointError, ConfigError, TrainError, first_line
+from errors import CheckpointError, ConfigError, TrainError, UserError, first_line
 from files import hold, sha256
 from generation import missing_compiler
 from measure import calibrate
@@ -113,7 +113,8 @@ def train(argv) -> tuple[TrainConfig, bool]:
             average = all_reduce(buffer.clone()) / world()
             buffer.copy_(torch.where(bad.to(buffer.device) > 0, before, average))
         step_unless(bad, optimizer)
-        bad = run.loss_scale.adapt(bad, values[0])
+        if run.loss_scale.on:
+            bad = run.loss_scale.adapt(bad, all_reduce(values[0].clone()))
         # DDP's buckets hold the gradients: let go of, they would be there twice.
         optimizer.zero_grad(set_to_none=run.wrapped is model)
         run.say_compiled(grad_norm)
@@ -125,7 +126,7 @@ def train(argv) -> tuple[TrainConfig, bool]:
         # -- log, evaluate and save; the clock stands still for the last two
         last, line, progress.val_loss = progress.step == cfg.max_steps, {}, None
         if progress.step == 1 or progress.step % cfg.log_interval == 0 or last:
-            line = metrics.read(rates, run.flops_per_token) | run.loss_scale.metrics()
+            line = metrics.read(rates) | run.loss_scale.metrics()
             stop.hopeless = progress.bad_in_a_row >= cfg.max_bad_steps
         metrics.bar.update()
         evaluates = last or (cfg.eval_interval and progress.step % cfg.eval_interval == 0)
@@ -507,6 +508,8 @@ class Run:
 def read_settings(train_set, model_set):
     """(checkpoint to go on from or None, its state.json, TrainConfig, ModelConfig or None where the model is yet to be)."""
     resume, out_dir = (train_set.get(key, getattr(TrainConfig, key)) for key in ("resume", "out_dir"))
+    if rank() == 0 and resume in ("auto", "none") and os.path.isdir(out_dir):
+        hold(out_dir)  # before it is searched: a run that ends in between would have gone on from where it was
     resumed = from_main(checkpoint.find(resume, out_dir, say) if rank() == 0 else None)
     if not resumed:
         cfg = TrainConfig(**train_set)
@@ -736,7 +739,16 @@ def finish(run: Run, stop: Stop):
 def eval_argv(cfg):
     """The command line of bench.py that evaluates what this run has trained."""
     argv = [f"--tasks={','.join(cfg.eval_tasks)}", f"--model_path={cfg.out_dir}/final_model", f"--text={cfg.data_dir}"]
-    same = "batch_size", "seq_len", "device", "dtype", "wandb_log", "wandb_project", "wandb_entity"
+    same = (
+        "batch_size",
+        "seq_len",
+        "device",
+        "dtype",
+        "allow_code_execution",
+        "wandb_log",
+        "wandb_project",
+        "wandb_entity",
+    )
     return argv + [f"--{name}={getattr(cfg, name)}" for name in same]
 
 
@@ -759,6 +771,9 @@ def main(argv):
             bench.main(eval_argv(cfg))
         except SystemExit as e:  # a task could not be run
             status = e.code
+        except UserError as e:
+            say(f"error: {e}; final_model is complete")
+            status = 2
     if complete and cfg.push_to_hub and os.environ.get("RANK", "0") == "0":
         print(f"uploaded: {publish.push(Path(cfg.out_dir) / 'final_model', cfg.push_to_hub)}", file=sys.stderr)
     if status:

@@ -210,7 +210,8 @@ def training(architecture: str, kind: str, size: dict, B=2, T=64) -> dict[str, C
         norm = clip_grad_norm(model.parameters(), 1.0, DEVICE)
         bad = 1 - torch.isfinite(out.loss + norm).float()
         step_unless(bad, optimizer)
-        scale.adapt(bad, out.loss)
+        if scale.on:
+            scale.adapt(bad, out.loss.detach().clone())
     assert all(p.grad.is_cuda for p in model.parameters() if p.requires_grad)
     return {f"micro-step, {kind}": micro_step, f"update, {kind}": update}
 

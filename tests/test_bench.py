@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import harness
 import kernels
 import lora
 import sample
@@ -283,6 +284,21 @@ def test_a_task_folder_is_run_saved_and_not_run_twice(folders, task_folder, tmp_
     with pytest.raises(RuntimeError, match="run again"):  # other weights, too
         bench.main([*arguments, f"--model_path={folders['dtf']}"])
 
+    asked = []
+
+    def answer(adapter, **settings):
+        asked.append(settings)
+        return {key: document.get(key, {}) for key in harness.KEYS}
+
+    monkeypatch.setattr(lm_eval, "evaluate", answer)
+    for shots in (
+        "--num_fewshot=1",
+        "--num_fewshot=0",
+        "--num_fewshot=0",
+    ):  # the file holds a task's latest results alone
+        run(capsys, *arguments, shots)
+    assert len(asked) == 2 * 3
+
 
 def test_two_ranks_give_the_scores_of_one_and_name_what_is_missing(folders, task_folder, tmp_path, capsys):
     tasks = tmp_path / "tasks"
@@ -409,6 +425,10 @@ def test_calibrated_routers_select_the_share(decision, capacity):
     with torch.no_grad():
         masks = model(ids, routing="causal", return_masks=True).masks
     assert [mask.sum().item() for mask in masks.values()] == [200 * capacity] * 3
+    calibrate(model, ids, [0.1, capacity, 1.0])
+    with torch.no_grad():
+        masks = model(ids, routing="causal", return_masks=True).masks
+    assert [mask.sum().item() for mask in masks.values()] == [20, 200 * capacity, 200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,18 +499,20 @@ def test_speed_of_models_that_were_calibrated_adapted_or_of_another_family(tmp_p
     options = ["--measure=forward", "--repeats=1", "--warmup=0", "--batch_size=1", "--seq_len=16"]
     small = {"vocab_size": VOCAB, "num_hidden_layers": 3}
     calibrated = small_model("mod", capacity=0.25, calibrated={"0.25": [0.1], "0.75": [-0.1]}, **small)
-    for name, model in (("calibrated", calibrated), ("llama", small_model("dense", model_type="llama", **small))):
+    fitted = small_model("mod", router="fitted", causal_decision="threshold", allotment=[0.4], **small)
+    llama = small_model("dense", model_type="llama", **small)
+    for name, model in (("calibrated", calibrated), ("fitted", fitted), ("llama", llama)):
         model.save_pretrained(str(tmp_path / name))
     base = small_model("dense", **small)
     base.save_pretrained(str(tmp_path / "base"))
     lora.inject(base, r=2, alpha=4, dropout=0.0, base=str(tmp_path / "base"))
     base.save_pretrained(str(tmp_path / "lora"))
-    for name in ("calibrated", "llama", "lora"):
+    for name in ("calibrated", "fitted", "llama", "lora"):
         tokenizer.save(str(tmp_path / name / "tokenizer.json"))
         write_whole(tmp_path / name / "tokenizer_config.json", NAMES)
         document, _, _ = run(capsys, f"--model_path={tmp_path / name}", *options)
         variants = [row["variant"] for row in document["speed"]["rows"]]
-        assert variants == ["transformers", "dense"] + ["mod"] * (name == "calibrated")
+        assert variants == ["transformers", "dense"] + ["mod"] * (name in ("calibrated", "fitted"))
 
 
 def test_a_model_of_many_capacities_at_each(folders, tokenizer, tmp_path, capsys):
@@ -622,6 +644,7 @@ def test_interleaved_turns_around_and_leaves_out_the_warm_up():
     [
         ("--tasks=perplexity", ConfigError, "needs a trained model: --model_path"),
         ("--tasks=code --model_path=x", ConfigError, "--allow_code_execution"),
+        ("--tasks=", ConfigError, "tasks is empty: name one"),
         ("--measure=trian", ConfigError, "measure='trian' is not one of train"),
         ("--repeats=0 --warmup=-1", ConfigError, "repeats=0 must be at least 1; warmup=-1 must not be negative"),
         (

@@ -77,6 +77,7 @@ def test_command_line_values(argv, key, value):
         ("5", int | str, 5),
         ("auto", int | str, "auto"),
         ("", list[str], []),
+        ("a, b,", list[str], ["a", "b"]),
     ],
 )
 def test_convert(text, want, value):

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from functools import partial
 
 import pytest
 import test_model as properties
@@ -9,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import Variant, random_ids, relative_error, set_thresholds, small_model
 from test_known_faults import brute_force_update
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import measure
 import routers
 from model import ModelConfig, Transformer
 
@@ -233,6 +237,55 @@ def test_controls_select_their_exact_share_by_position_alone():
     ranks = routers.control_rank("random", 3, torch.arange(4096), torch.arange(64)).view(-1, 64)
     assert torch.equal(ranks.sort(1).values, torch.arange(64).expand(64, -1))  # a permutation of every group
     assert (ranks[0] != ranks[1]).any()
+
+
+@pytest.mark.parametrize("router", ["random", "positional"])
+@pytest.mark.parametrize("capacity", [0.35, 0.7, 1.1 - 0.6])
+def test_a_control_runs_what_its_mask_holds(router, capacity):
+    """Host and device find the same tokens, where γ · 64 is not whole or a hair beside it, as it is and calibrated: one too
+    many would stand behind later ones and see them.
+    """
+    model = small_model("mod", router=router, capacity=capacity, max_position_embeddings=128).eval()
+    ids = random_ids(2, 128)
+    other = torch.cat((ids[:, :100], random_ids(2, 28)), 1)
+    with torch.no_grad():
+        for _ in range(2):
+            out, changed = (model(each, routing="causal", return_masks=True) for each in (ids, other))
+            assert relative_error(changed.logits[:, :100], out.logits[:, :100]) <= 1e-5
+            cache = model.new_cache(2, 128)
+            steps = [model(ids[:, :120], routing="causal", cache=cache).logits]
+            steps += [model(ids[:, t : t + 1], routing="causal", cache=cache).logits for t in range(120, 128)]
+            assert relative_error(torch.cat(steps, 1), out.logits[:, 119:]) <= 1e-5
+            measure.calibrate(model, ids, capacity)
+    assert all(mask.float().mean().sub(capacity).abs() < 1 / 64 for mask in out.masks.values())
+
+
+@pytest.mark.parametrize("variant", AVERAGED, ids=repr)
+def test_what_an_average_threshold_has_room_for_is_counted(variant):
+    model, ids = (
+        small_model(variant, capacity=0.4, vocab_size=96, num_hidden_layers=6).train(),
+        random_ids(2, 64, vocab=96),
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids, ids).loss.backward()
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(model.flops_per_token(64, training=True), rel=0.01)
+
+
+def test_an_average_threshold_moves_beside_a_backward_pass_that_computes_anew(monkeypatch):
+    """Checkpointing inside a compiled trunk reads the threshold in the backward pass: as it was, not as it has become."""
+    ids, gradients = random_ids(2, 40), []
+    for compiled in (False, True):
+        model = small_model(AVERAGED[0]).train()
+        model.model.gradient_checkpointing = compiled
+        if compiled:
+            monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+            model.compile_trunk()
+        for _ in range(2):
+            model.zero_grad()
+            model(ids, ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert relative_error(mine, theirs) <= 1e-4
 
 
 def test_the_papers_settings_are_the_defaults():

@@ -307,6 +307,23 @@ def test_a_model_that_settings_do_not_rebuild_is_not_timed_as_another():
     )
 
 
+@pytest.mark.parametrize("results", ["r.md", "[]", '{"runs": [{}]}', "{"])
+def test_results_that_are_none_are_refused_and_left_alone(results, folder, finished, tmp_path):
+    path = tmp_path / (results if results == "r.md" else "r.json")
+    path.write_text(results)
+    with pytest.raises(ConfigError, match="must end in .json" if results == "r.md" else "is damaged: .*; remove it"):
+        study.main([str(folder / "study.py"), f"--results={path}", "--report"])
+    assert path.read_text() == results
+
+
+def test_timing_a_step_moves_no_average_threshold():
+    model = Transformer(ModelConfig("mod", causal_decision="threshold", **SHAPE, num_key_value_heads=1))
+    settings, ids = {"grad_accum_steps": 3, "device": "cpu", "dtype": "float32"}, torch.zeros(2, 8, dtype=torch.long)
+    model.routed[0].threshold.fill_(0.25)
+    costs.training_steps(model, settings, ids, ids, nullcontext())()
+    assert model.routed[0].threshold == 0.25
+
+
 def test_a_timed_step_is_a_step_of_the_run(monkeypatch):
     """Three micro-batches at each of two capacities, then one step of the optimizer."""
     model, calls = Transformer(ModelConfig("mod", **SHAPE, num_key_value_heads=1)), []

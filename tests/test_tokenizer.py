@@ -181,6 +181,7 @@ CHAT = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
         (None, None, {"eos_token": "</s>"}, None, "no token of it ends a text"),  # named, but not there
         (None, None, None, None, "no token of it ends a text"),  # three special tokens, and none is named
         ("[", None, CHAT, None, "generation_config.json is damaged"),
+        (None, {"eos_token_id": "2"}, CHAT, None, "config.json: eos_token_id='2' is no id, nor a list of them"),
     ],
 )
 def test_what_starts_and_ends_a_text_is_in_the_files(tmp_path, generation, model, names, start, ends):

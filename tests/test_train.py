@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from helpers import small_model, toy_data
 
+import checkpoint
 import device
 import kernels
 import parallel
@@ -33,7 +34,7 @@ from conversion import choose_layers
 from data import TokenData
 from device import peak_flops
 from errors import CheckpointError, ModelError, TrainError
-from metrics import spikes
+from metrics import Metrics, Progress, spikes
 from model import SIZES, ModelConfig, Transformer
 from optimizer import LossScale, lr_scale, param_groups, step_unless
 from sources import read_sources
@@ -427,7 +428,7 @@ def test_a_run_that_ends_at_the_checkpoint_it_goes_on_from(data, tmp_path, capsy
     assert "is complete" in capsys.readouterr().err
 
 
-def test_two_runs_never_write_to_one_folder(data, tmp_path):
+def test_two_runs_never_write_to_one_folder(data, tmp_path, monkeypatch):
     """The other one is another process; this one may come back."""
     run = [*common(data), "--max_steps=1", f"--out_dir={tmp_path / 'run'}"]
     (tmp_path / "run").mkdir()
@@ -436,9 +437,47 @@ def test_two_runs_never_write_to_one_folder(data, tmp_path):
         other.stdout.readline()
         with pytest.raises(CheckpointError, match="another run is writing to .*name another out_dir"):
             train.main(run)
+        with monkeypatch.context() as patch:  # it is not even searched: the other may end, and have gone on, in between
+            patch.setattr(checkpoint, "find", lambda *given: pytest.fail("searched before it was held"))
+            with pytest.raises(CheckpointError, match="another run is writing to"):
+                train.main([*run, "--resume=auto"])
         other.communicate(b"\n")
     train.main(run)
     train.main([*run, "--resume=auto", "--max_steps=2"])
+
+
+def test_an_evaluation_that_cannot_be_does_not_keep_a_model_from_the_hub(monkeypatch, capsys):
+    cfg = train.TrainConfig(eval_tasks=["code"], push_to_hub="me/it", allow_code_execution=True)
+    assert "--allow_code_execution=True" in train.eval_argv(cfg)
+    monkeypatch.setattr(train, "train", lambda argv: (cfg, True))
+    monkeypatch.setattr(train.publish, "push", lambda *given: "https://hub/me/it")
+    sys.modules["bench"], before = types.SimpleNamespace(main=lambda argv: refuse()), sys.modules.get("bench")
+
+    def refuse():
+        raise ConfigError("no such task")
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            train.main([])
+    finally:
+        sys.modules.pop("bench") if before is None else sys.modules.update(bench=before)
+    err = capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "no such task; final_model is complete" in err and "uploaded: https://hub/me/it" in err
+    )
+
+
+def test_mfu_is_of_all_steps_whatever_each_of_them_cost(monkeypatch):
+    """Of capacities that are drawn anew, not of the last one."""
+    cfg, progress, clock = train.TrainConfig(max_steps=4), Progress(), iter([0.0, 10.0])
+    metrics = Metrics(cfg, progress, peak=100.0)
+    metrics.names = ["train/loss"]
+    monkeypatch.setattr("metrics.time.perf_counter", lambda: next(clock))
+    metrics.start_clock()
+    for flops in (300.0, 100.0):
+        progress.step, progress.flops = progress.step + 1, progress.flops + flops
+        progress.rows.append(torch.tensor([2.0, 1.0, 0.0]))
+    assert metrics.read({})["mfu"] == 400 / (10 * 100)
 
 
 def test_metrics_that_vanish_cost_no_checkpoint(data, tmp_path, monkeypatch):
