@@ -3,6 +3,10 @@
     python prepare.py --input=books/,news.txt --tokenizer=out/smollm2 --out_dir=data/convert         text of yours
     python study.py config/study_convert.py --judge=held_out.txt --seeds=1,2,3 --only=dense,drop,mod_eighth --jobs=2
 
+The texts of docs/RESULTS.md were seven books (American Adventures, the Debian guide, Great Expectations, Middlemarch, Moby
+Dick, News from Nowhere, Pride and Prejudice) and WikiText-2's validation part, 1.7 million tokens; judged were A Tale of Two
+Cities and WikiText-2's test part.
+
 The parent in out/smollm2 is a dense checkpoint as transformers writes it: SmolLM2-135M here, 30 blocks. Each run adapts it for
 204,800 tokens, and every arm but dense saves about a quarter of the blocks' FLOPs; dense, adapted as long, is what all are
 measured against. One seed screens; --seeds=1,2,3 for what is to be believed.
