@@ -15,6 +15,7 @@ from data import TokenData, read_manifest
 from device import autocast, pick_device
 from measure import Decoder, cached, interleaved
 from model import SIZES, ModelConfig, Transformer
+from settings import TrainConfig
 from weights import find_model
 
 ROUNDS = 8  # of every measurement, the first does not count
@@ -41,20 +42,24 @@ def config_of(settings: dict) -> ModelConfig:
     return ModelConfig.from_dict(parent, **given)
 
 
-def opened(path, settings: dict):
-    """The model, of random weights where path is None, and 8 sequences of the run's validation text: ids and targets, (B, T)
-    each.
+def opened(path, settings: dict, sequences: int):
+    """The model, of random weights where path is None, and the first sequences of the run's validation text: ids and targets,
+    (B, T) each.
     """
     device, _ = device_of(settings)
     data = TokenData(settings["data_dir"], "val", settings["seq_len"])
-    x, y = data.batch(0, min(8, len(data)))
+    x, y = data.batch(0, min(sequences, len(data)))
     model = Transformer(config_of(settings)) if path is None else Transformer.from_pretrained(path)
     return model.to(device).eval(), x.to(device), y.to(device)
 
 
 def of_inference(path, settings: dict) -> dict:
-    """What causal routing selects of validation text, and costs: shares of tokens, FLOPs and bytes of KV cache a token."""
-    model, x, _ = opened(path, settings)
+    """What causal routing selects, and costs: shares of tokens, FLOPs and bytes of KV cache a token.
+
+    Of all the validation text that the run was evaluated on: how much is selected differs from text to text.
+    """
+    evaluated = settings.get("eval_batches", TrainConfig.eval_batches) * settings["batch_size"]
+    model, x, _ = opened(path, settings, evaluated)
     selected, kv_bytes = cached(model, x)
     flops = model.flops_per_token(x.size(1), capacity=list(selected.values()))
     return {"flops_per_token": flops, "kv_bytes": kv_bytes, "selected": list(selected.values())}
@@ -70,7 +75,7 @@ def speeds(runs: dict[str, tuple], reference: str, name: str) -> dict[str, dict]
     context = autocast(*device_of(given[name]))
     models, found = {}, {}
     for each, settings in given.items():
-        models[each], x, y = opened(runs[each][0] if trained else None, settings)
+        models[each], x, y = opened(runs[each][0] if trained else None, settings, 8)
     B, T = x.shape
 
     def take(measure, tokens, calls, steps=None):

@@ -316,6 +316,16 @@ def test_results_that_are_none_are_refused_and_left_alone(results, folder, finis
     assert path.read_text() == results
 
 
+def test_what_is_selected_is_counted_on_the_text_that_a_run_was_evaluated_on(folder, finished, monkeypatch):
+    (settings,) = study.configure("", [str(folder / "study.py")], study.StudyConfig)
+    (run_,) = (each for each in study.plan(study.StudyConfig(**settings)) if each.name == "half-1")
+    counted = []
+    monkeypatch.setattr(costs, "cached", lambda model, ids: counted.append(ids.shape) or ({0: 1.0}, 0.0))
+    for eval_batches in (1, 3):
+        costs.of_inference(run_.model, run_.settings | {"eval_batches": eval_batches})
+    assert counted == [(4, 32), (12, 32)]
+
+
 def test_timing_a_step_moves_no_average_threshold():
     model = Transformer(ModelConfig("mod", causal_decision="threshold", **SHAPE, num_key_value_heads=1))
     settings, ids = {"grad_accum_steps": 3, "device": "cpu", "dtype": "float32"}, torch.zeros(2, 8, dtype=torch.long)
