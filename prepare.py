@@ -288,7 +288,7 @@ def place_tokenizer(cfg, work, out_dir):
     except Exception as e:  # noqa: BLE001, tokenizers raises bare Exception
         raise DataError(f"tokenizer {cfg.tokenizer!r}: no readable tokenizer.json: {e}") from None
     _, ends = start_and_ends(found)
-    if wrong := [end for end in ends if type(end) is not int or not 0 <= end <= max(vocab.values())]:
+    if wrong := [end for end in ends if not 0 <= end <= max(vocab.values())]:
         raise DataError(
             f"tokenizer {found}: its files end a text with {wrong[0]!r}, which is none of its {len(vocab):,} ids"
         )

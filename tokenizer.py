@@ -72,10 +72,10 @@ def ends_of_text(directory):
     """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json; empty where neither has one."""
     for name in ("generation_config.json", "config.json"):
         given = json_of(Path(directory) / name).get("eos_token_id")
-        ends = given if isinstance(given, list) else [given]
-        if not all(isinstance(end, int) for end in ends if given is not None):
-            raise DataError(f"{Path(directory) / name}: eos_token_id={given!r} is no id, nor a list of them")
         if given is not None:
+            ends = given if isinstance(given, list) else [given]
+            if not all(type(end) is int for end in ends):
+                raise DataError(f"{Path(directory) / name}: eos_token_id={given!r} is no id, nor a list of them")
             return ends
     return []
 

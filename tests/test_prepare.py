@@ -257,9 +257,13 @@ def test_an_end_of_text_that_is_no_id_is_refused_before_anything_is_encoded(end,
     (tmp_path / "t" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     (tmp_path / "a.txt").write_text("text")
     message = one_line(script(f"--input={tmp_path}/a.txt", f"--tokenizer={tmp_path}/t", f"--out_dir={tmp_path}/d"))
-    assert (
-        f"end a text with {end!r}, which is none of its 700 ids" in message and not (tmp_path / "d" / "train").exists()
+    whole = type(end) is int
+    said = (
+        "end a text with {!r}, which is none of its 700 ids"
+        if whole
+        else "eos_token_id={!r} is no id, nor a list of them"
     )
+    assert said.format(end) in message and not (tmp_path / "d" / "train").exists()
 
 
 def test_a_full_disk_leaves_nothing_half_written(corpus, tmp_path):
