@@ -74,6 +74,7 @@ def folder_written_whole(path):
         for file in [*partial.iterdir(), partial]:
             flush(file)
         old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # a kill may have left it
         if path.exists():
             path.rename(old)  # rename() replaces no directory that holds files
         partial.rename(path)

@@ -509,7 +509,7 @@ def read_settings(train_set, model_set):
     """(checkpoint to go on from or None, its state.json, TrainConfig, ModelConfig or None where the model is yet to be)."""
     resume, out_dir = (train_set.get(key, getattr(TrainConfig, key)) for key in ("resume", "out_dir"))
     if rank() == 0 and resume in ("auto", "none") and os.path.isdir(out_dir):
-        hold(out_dir)  # before it is searched: a run that ends in between would have gone on from where it was
+        hold(out_dir)  # before it is searched: a run that ended in between would be taken back to the step found here
     resumed = from_main(checkpoint.find(resume, out_dir, say) if rank() == 0 else None)
     if not resumed:
         cfg = TrainConfig(**train_set)

@@ -13,6 +13,7 @@ import torch
 
 import architectures
 import checkpoint
+import files
 import publish
 from errors import CheckpointError
 from model import ModelConfig, Transformer
@@ -229,3 +230,14 @@ def test_export(tmp_path, trained, monkeypatch, capsys):
         status, err = script(monkeypatch, capsys, *arguments)
         assert status == 2 and message in err and err.count("\n") == 1 and "Traceback" not in err
         assert not out.exists()
+
+
+def test_a_folder_is_replaced_whole_though_a_kill_has_left_the_one_before(tmp_path):
+    path = tmp_path / "final_model"
+    for content in ("first", "second"):
+        (tmp_path / "final_model.old").mkdir(exist_ok=True)
+        (tmp_path / "final_model.old" / "left").write_text("by a kill")
+        with files.folder_written_whole(path) as folder:
+            (folder / "content").write_text(content)
+        assert [p.name for p in tmp_path.iterdir()] == ["final_model"]
+        assert [p.name for p in path.iterdir()] == ["content"] and (path / "content").read_text() == content
